@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'PcimError', 'to_unit_range', 'read_array', 'read_image', 'read_labels', 'Lazy', 'ImageSet']
+__all__ = ['IMAGE_SUFFIXES', 'PcimError', 'to_unit_range', 'read_array', 'read_image', 'image_size', 'read_labels', 'Lazy',
+           'ImageSet']
 
 # %% ../nbs/00_images.ipynb #cell-5
 class PcimError(ValueError):
@@ -101,6 +102,15 @@ def read_array(path: str | Path) -> np.ndarray:
 def read_image(path: str | Path, max_value: float | None = None) -> np.ndarray:
     "One file as float32 C×H×W in [0,1]; see `read_array` and `to_unit_range` for what is refused."
     return to_unit_range(read_array(path), max_value, str(path))
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    "Height and width of an image file, from its header where the format has one."
+    path = Path(path)
+    try:
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"):
+            with Image.open(path) as im: return im.height, im.width
+    except OSError: pass  # read_array says what is wrong with the file
+    return read_array(path).shape[-2:]
 
 def read_labels(path: str | Path) -> np.ndarray:
     "One label or mask file as int32 H×W, 0 the background; values are kept as they stand (a palette image gives its indices)."
