@@ -13,6 +13,10 @@ const widthOf = div => {
   const room = printing ? 660 : (el ? el.clientWidth : 600);
   return Math.max(room, printing ? 0 : +(div.dataset.min || 0));
 };
+const heightOf = (layout, width) => {                              // pictures keep their shape, curves their height
+  const tall = layout.meta && layout.meta.tall;
+  return tall ? Math.min(tall[0] + tall[1] * width, 900) : layout.height || 440;
+};
 const theme = layout => {
   const light = printing || !dark.matches;
   const ink = light ? '#1b2733' : '#e4e9ee', grid = light ? '#e3e7ec' : '#2e3842', line = light ? '#8894a0' : '#667482';
@@ -28,10 +32,11 @@ const draw = async div => {
   const spec = JSON.parse(div.querySelector('script[type="application/json"]').textContent);
   const layout = spec.layout || {};
   layout.width = widthOf(div);
-  layout.height = layout.height || 440;
+  layout.height = heightOf(layout, layout.width);
   layout.autosize = false;
-  const config = Object.assign({displaylogo: false, responsive: false, scrollZoom: false}, spec.config || {},
-    {modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d'], toImageButtonOptions: {format: 'svg', filename: div.dataset.name || 'figure'}});
+  // buttons by name: plotly's own set has one that uploads the figure
+  const config = Object.assign({}, spec.config || {}, {displaylogo: false, responsive: false, scrollZoom: false, plotlyServerURL: '', sendData: false,
+    modeBarButtons: [['toImage', 'zoom2d', 'pan2d', 'resetScale2d']], toImageButtonOptions: {format: 'svg', filename: div.dataset.name || 'figure'}});
   div.textContent = '';
   await Plotly.newPlot(div, spec.data, layout, config);
   await Plotly.relayout(div, theme(div.layout));
@@ -41,7 +46,7 @@ const draw = async div => {
 const refit = () => plots.forEach(div => {
   if (div.dataset.drawn !== 'yes') return;
   const width = widthOf(div);
-  if (Math.abs(width - div.layout.width) > 1) Plotly.relayout(div, {width});
+  if (Math.abs(width - div.layout.width) > 1) Plotly.relayout(div, {width, height: heightOf(div.layout, width)});
 });
 const repaint = () => plots.forEach(div => { if (div.dataset.drawn === 'yes') Plotly.relayout(div, theme(div.layout)); });
 (async () => {
@@ -114,6 +119,7 @@ all('table').forEach((table, i) => {
     a.href = URL.createObjectURL(new Blob(['\ufeff' + text], {type: 'text/csv'}));
     a.download = `table-${i + 1}.csv`; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 1000);
   });
-  table.parentElement.after(button);
+  const line = document.createElement('p'); line.className = 'tools'; line.append(button);
+  table.parentElement.after(line);
 });
 })();
