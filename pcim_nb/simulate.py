@@ -35,7 +35,7 @@ class Phenotype:
     effects: Mapping[str, float] = field(default_factory=dict, hash=False)  # knob -> size at strength 1
 
 _ALL = [
-    Phenotype("er_intensity", ("ER",), "Cytoplasm", "intensity", "The endoplasmic reticulum takes up more stain.", {"er_gain": 0.6}),
+    Phenotype("er_intensity", ("ER",), "Cells", "intensity", "The endoplasmic reticulum takes up more stain.", {"er_gain": 0.6}),
     Phenotype("mito_texture", ("Mito",), "Cytoplasm", "texture", "The mitochondrial network breaks into fragments; its total light stays.", {"mito_fragmentation": 1.0}),
     Phenotype("nucleus_shape", tuple(CHANNELS), "Nuclei", "shape", "The nucleus is drawn out at equal area, and what lies around it follows.", {"nucleus_elongation": 1.2}),
     Phenotype("dna_rna_intensity", ("DNA", "RNA"), "Cells", "intensity", "DNA becomes brighter and RNA dimmer, as when transcription is blocked.", {"dna_gain": 0.42, "rna_gain": -0.42}),
