@@ -136,11 +136,11 @@ class Explained:
     where: pd.DataFrame
     skipped: dict[str, str] = field(default_factory=dict)
 
-def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: str, candidates: np.ndarray | None = None, seed: int = 0, **options) -> torch.Tensor:
+def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: str, seed: int = 0, **options) -> torch.Tensor:
     """Maps n×C×H×W of the images `idx` towards their own class. `baseline`: `zeros`, `mean` (of each channel) or `blur`; `nearest` and `exact` explain the
-    difference to a counterfactual instead (`candidates`: where the nearest real image is looked for)."""
+    difference to a counterfactual instead, the nearest one on the same plate where there is one."""
     if method == "Random": options = {"seed": seed, **options}
-    if baseline in ("nearest", "exact"): return attribute_pairs(method, model, make_pairs(iset, idx, baseline, candidates=candidates, seed=seed), **options)
+    if baseline in ("nearest", "exact"): return attribute_pairs(method, model, make_pairs(iset, idx, baseline, seed=seed), **options)
     x = iset.load(idx)
     return make(method, model, **options).attribute(x, torch.as_tensor(iset.labels[idx]), make_baseline(baseline, x))
 
@@ -154,13 +154,13 @@ def regions(iset: ImageSet) -> dict:
     if iset.masks is not None and iset.mask(0).shape[0] == 1: out["truth mask"] = lambda i: iset.mask(i)[0]
     return out
 
-def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, candidates: np.ndarray) -> Explained:
+def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray) -> Explained:
     "All methods of the dataset file on the images `idx`, with channel shares, localisation against the truth masks, and where the attribution lies."
     maps, skipped, shares, scores, where = {}, {}, [], [], []
     about, inside = _about(iset, idx), regions(iset)
     masks = None if iset.masks is None else iset.load_masks(idx)
     for name in spec.attribution.methods:
-        try: a = attributions(name, model, iset, idx, spec.attribution.baseline, candidates, spec.seed, **spec.attribution.options.get(name, {}))
+        try: a = attributions(name, model, iset, idx, spec.attribution.baseline, spec.seed, **spec.attribution.options.get(name, {}))
         except PcimError as e:
             if name == spec.attribution.primary: raise
             skipped[name] = str(e)
@@ -176,14 +176,14 @@ def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, candidate
     return Explained(idx, maps, table(shares), table(scores), table(where), skipped)
 
 # %% ../nbs/33_analysis.ipynb #cell-13
-def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, maps: torch.Tensor, candidates: np.ndarray) -> float:
+def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, maps: torch.Tensor) -> float:
     """Mean rank correlation (−1 to 1) between the absolute maps of the trained classifier and those of the same architecture with random weights, over the
     images `idx`; NaN where the classifier cannot be made anew (a callable, or a model that came with its weights)."""
     if spec.model.pretrained or not isinstance(model, nn.Module): return float("nan")
     blank = build(spec.model.architecture, len(iset.channels), len(iset.classes), seed=spec.seed + 1, **spec.model.options)
     if hasattr(blank, "fit_standardisation"): blank.fit_standardisation(iset.load(idx))
     name = spec.attribution.primary
-    other = attributions(name, blank.eval(), iset, idx, spec.attribution.baseline, candidates, spec.seed, **spec.attribution.options.get(name, {}))
+    other = attributions(name, blank.eval(), iset, idx, spec.attribution.baseline, spec.seed, **spec.attribution.options.get(name, {}))
     r = [spearmanr(a.abs().flatten().numpy(), b.abs().flatten().numpy()).statistic for a, b in zip(maps, other)]
     return float(np.nanmean(r))
 
@@ -200,10 +200,10 @@ def as_logits(model) -> object:
     if isinstance(model, nn.Module): return model
     return lambda x: torch.from_numpy(np.log(np.maximum(predict(model, x), 1e-12))).float()
 
-def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, candidates: np.ndarray, progress: bool = True) -> Swapped:
+def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bool = True) -> Swapped:
     "DAC curves of the primary method and of a random control between the images `idx` and their counterfactuals."
     m, scores = spec.masking, as_logits(model)
-    pairs = make_pairs(iset, idx, m.counterfactual, candidates=candidates, seed=spec.seed)
+    pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed)
     name = spec.attribution.primary
     maps = attribute_pairs(name, model, pairs, **spec.attribution.options.get(name, {}))
     same = (maps == 0).flatten(1).all(1).numpy()  # image and counterfactual do not differ for the classifier: nothing to rank

@@ -96,11 +96,12 @@ def _with_validation(labels, groups, rest, test, val, seed, note) -> Split:
     rng = np.random.default_rng([seed, 1])
     names, counts = _class_counts(labels[rest], groups[rest])
     held = _hold_out(counts, val, rng) if len(names) > 2 else None
-    if held is None:
+    in_val = np.isin(groups[rest], names[held]) if held is not None else np.ones(len(rest), dtype=bool)
+    if in_val.mean() > 1.5 * val:
         part = _random_part(labels, rest, val, rng)
-        note += f"; validation: random images of the training groups, since {len(names)} group{'s' * (len(names) != 1)} cannot spare a whole one of every class"
+        note += f"; validation: random images of the training groups, since {len(names)} group{'s' * (len(names) != 1)} cannot spare whole ones"
     else:
-        part = rest[np.isin(groups[rest], names[held])]
+        part = rest[in_val]
         note += f"; validation: {held.sum()} whole groups"
     return Split(np.setdiff1d(rest, part), part, test, note)
 
@@ -155,26 +156,38 @@ def check_split(split: Split, labels: Sequence[int], groups: Sequence[str], clas
             raise PcimError(f"split: class {missing[0]} has no image in the {name} part" + f" (nor {', '.join(missing[1:])})" * (len(missing) > 1))
 
 # %% ../nbs/03_classifiers.ipynb #cell-17
+class _Residual(nn.Module):
+    "Two 3×3 convolutions, the first halving the image, beside a plain average with a 1×1 convolution; their sum through a ReLU."
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.conv1, self.norm1, self.relu1 = nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()
+        self.conv2, self.norm2, self.relu2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()
+        self.short = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
+        nn.init.zeros_(self.norm2.weight)   # starts as the plain path alone, which trains faster
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))) + self.short(x))
+
 class SmallCNN(nn.Module):
     """A small convolutional classifier: N×C×H×W in [0,1] -> N×K scores (logits).
 
-    `depth` stages of `width`, 2·`width`, … (at most 128) feature channels, each halving the image; `flatten` > 0 subtracts a background averaged
-    over blocks of that many pixels; `downsample` averages blocks of pixels before anything else. `features(standardised images)` are the last
-    convolutional features N×F×h×w, `gradcam_layer` the module that puts them out."""
-    def __init__(self, n_channels: int, n_classes: int, width: int = 16, depth: int = 4, dropout: float = 0.1, downsample: int = 1, flatten: int = 0):
+    `depth` stages of `width`, 2·`width`, … (at most 128) feature channels, each halving the image; `pooling` over positions: `mean+max` or `mean`;
+    `flatten` > 0 subtracts a background averaged over blocks of that many pixels; `downsample` averages blocks of pixels before anything else.
+    `features(standardised images)` are the last convolutional features N×F×h×w, `gradcam_layer` the module that puts them out."""
+    def __init__(self, n_channels: int, n_classes: int, width: int = 16, depth: int = 4, pooling: str = "mean+max", dropout: float = 0.1,
+                 downsample: int = 1, flatten: int = 0):
         super().__init__()
+        if pooling not in ("mean+max", "mean"): raise PcimError(f"model: pooling {pooling!r}; expected mean+max or mean")
+        if min(width, depth, downsample) < 1 or flatten < 0: raise PcimError(f"model: width {width}, depth {depth}, downsample {downsample}, flatten {flatten}; expected whole numbers from 1 (flatten from 0)")
         self.n_channels, self.n_classes, self.downsample, self.flatten = n_channels, n_classes, downsample, flatten
         self.register_buffer("mean", torch.zeros(1, n_channels, 1, 1))
         self.register_buffer("std", torch.ones(1, n_channels, 1, 1))
-        layers = [nn.Conv2d(n_channels, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        for _ in range(depth - 1):
-            wide = min(2 * width, 128)
-            layers += [nn.Conv2d(width, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
-                       nn.Conv2d(wide, wide, 3, 1, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
-            width = wide
-        self.features = nn.Sequential(*layers)
+        wide = [min(width * 2**i, max(width, 128)) for i in range(depth)]
+        self.features = nn.Sequential(nn.Conv2d(n_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+                                      *[_Residual(a, b) for a, b in zip(wide, wide[1:])])
+        self.max = nn.MaxPool2d(1) if pooling == "mean+max" else None
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, n_classes)
+        self.head = nn.Linear(wide[-1] * (2 if self.max else 1), n_classes)
 
     @property
     def gradcam_layer(self) -> nn.Module: return self.features[-1]
@@ -198,7 +211,11 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features((self.prepare(x) - self.mean) / self.std)
-        return self.head(self.dropout(x.mean((2, 3))))
+        pooled = x.mean((2, 3))
+        if self.max:
+            self.max.kernel_size = self.max.stride = tuple(x.shape[2:])   # a MaxPool2d over all positions: DeepLIFT has a rule for it, for amax none
+            pooled = torch.cat([pooled, self.max(x).flatten(1)], 1)
+        return self.head(self.dropout(pooled))
 
 def gradcam_layer(model: nn.Module) -> nn.Module | None:
     "The module whose output Grad-CAM should look at: the model's own `gradcam_layer` where it names one, else its last 2-D convolution, else None."

@@ -169,9 +169,11 @@ class Agreement:
     evidence: str
     sentence: str
 
-def agreement(table: pd.DataFrame, evidence: str = "median_g") -> Agreement:
-    """Spearman's rank correlation over channels between `share` and `evidence` (`median_g`, `max_g` or `fraction`) of a `channel_table`, with the exact
-    one-sided p-value over all orders of the channels (10,000 random ones for more than eight)."""
+def agreement(table: pd.DataFrame, evidence: str | None = None) -> Agreement:
+    """Spearman's rank correlation over channels between `share` and `evidence` (`fraction`, `median_g` or `max_g`) of a `channel_table`, with the exact
+    one-sided p-value over all orders of the channels (10,000 random ones for more than eight). By default the evidence is the fraction of a channel's features that
+    differ (a change in a small structure moves few features, and no median), or the median |g| where none differs or none could be tested."""
+    if evidence is None: evidence = "fraction" if (table.loc[~table.channel.isin([PAIRS, NO_CHANNEL]), "differ"] > 0).any() else "median_g"
     if evidence not in ("median_g", "max_g", "fraction"): raise PcimError(f"evidence={evidence!r}; expected median_g, max_g or fraction")
     t = table[~table.channel.isin([PAIRS, NO_CHANNEL]) & table.share.notna() & table[evidence].notna()]
     n = len(t)
@@ -186,7 +188,8 @@ def agreement(table: pd.DataFrame, evidence: str = "median_g") -> Agreement:
     null = (b - b.mean())[orders] @ ac / np.sqrt((ac @ ac) * ((b - b.mean()) @ (b - b.mean())))
     p = float((null >= rho - 1e-9).mean())
     first, strongest = t.channel.iloc[int(np.argmax(t.share))], t.channel.iloc[int(np.argmax(t[evidence]))]
-    same = f"both point to {first}" if first == strongest else f"attribution points to {first}, the features that differ most are {strongest}'s"
+    most = "the most features differ in" if evidence == "fraction" else "features differ most in"
+    same = f"both point to {first}" if first == strongest else f"attribution points to {first}, {most} {strongest}"
     small = f" With {n} channels the smallest p possible is {1 / math.factorial(n):.2g}." if n < 5 else ""
     weak = "" if not (t.differ.fillna(0) == 0).all() else " No single feature of a channel differs significantly, so the features' order may be chance."
     return Agreement(rho, p, n, evidence, f"Attribution and features: {same} (rank correlation {rho:.2f} over {n} channels, p = {p:.2g}).{small}{weak}")

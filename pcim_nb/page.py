@@ -31,8 +31,8 @@ import pcim_nb
 from .images import PcimError
 
 # %% auto #0
-__all__ = ['MAX_SVG', 'resource', 'esc', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'table_html', 'table',
-           'sections', 'notebook_to_html']
+__all__ = ['MAX_SVG', 'resource', 'esc', 'inline', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'table_html',
+           'table', 'sections', 'notebook_to_html']
 
 # %% ../nbs/32_page.ipynb #cell-5
 def resource(name: str = "") -> Path:
@@ -49,7 +49,7 @@ def esc(text) -> str:
     "`text` as HTML that shows exactly that text."
     return _html.escape(str(text), quote=True)
 
-def _inline(text) -> str:
+def inline(text) -> str:
     "Plain text as HTML, with `**bold**` and `code` in backticks."
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
@@ -93,26 +93,26 @@ def note(text: str, kind: str = "info", title: str | None = None) -> None:
     "A boxed remark; `kind` is 'info', 'warning', 'error' or 'good'. `**bold**` and backticks work, everything else is plain text."
     if kind not in _KINDS: raise PcimError(f"kind: {kind!r} is not a kind of note; expected one of {', '.join(_KINDS)}.")
     title = _KINDS[kind] if title is None else title
-    body = "".join(f"<p>{_inline(p)}</p>" for p in str(text).split("\n\n"))
+    body = "".join(f"<p>{inline(p)}</p>" for p in str(text).split("\n\n"))
     _show(f'<div class="note {kind}" role="note"><span class="kind">{esc(title)}</span>{body}</div>', f"{title}: {text}")
 
 def facts(items: list[tuple], colors: list[str] | None = None) -> None:
     "Key figures side by side: `(label, value, remark)` each; the remark may be left out. `colors` marks them (e.g. by channel)."
     def one(i, label, value, more=""):
         style = f' style="--fact:{esc(colors[i])}"' if colors and colors[i] else ""
-        return (f'<div{style}><dt>{_inline(label)}</dt><dd class="value">{_inline(value)}</dd>'
-                + (f'<dd class="more">{_inline(more)}</dd>' if more else "") + "</div>")
+        return (f'<div{style}><dt>{inline(label)}</dt><dd class="value">{inline(value)}</dd>'
+                + (f'<dd class="more">{inline(more)}</dd>' if more else "") + "</div>")
     _show(f'<dl class="facts">{"".join(one(i, *item) for i, item in enumerate(items))}</dl>',
           "\n".join(": ".join(map(str, item)) for item in items))
 
 def fold(summary: str, content: str) -> None:
     "HTML `content` folded away under `summary` (plain text)."
-    _show(f'<details class="fold"><summary>{_inline(summary)}</summary>{content}</details>', str(summary))
+    _show(f'<details class="fold"><summary>{inline(summary)}</summary>{content}</details>', str(summary))
 
 @contextmanager
 def folded(summary: str):
     "Everything shown inside the `with` block is folded away under `summary` on the page."
-    _show(f"<b>{_inline(summary)}</b>", str(summary), part="open", summary=str(summary))
+    _show(f"<b>{inline(summary)}</b>", str(summary), part="open", summary=str(summary))
     try: yield
     finally: _show("", "", part="close")
 
@@ -177,8 +177,8 @@ def figure(fig, caption: str, alt: str | None = None, name: str | None = None, r
 
 def _caption(kind: str, number: int | None, caption: str, read: str = "") -> str:
     no = f'<span class="no">{kind} {number}.</span> ' if number else ""
-    more = f'<span class="read">{_inline(read)}</span>' if read else ""
-    return f"<figcaption>{no}{_inline(caption)}{more}</figcaption>"
+    more = f'<span class="read">{inline(read)}</span>' if read else ""
+    return f"<figcaption>{no}{inline(caption)}{more}</figcaption>"
 
 # %% ../nbs/32_page.ipynb #cell-18
 def _cell(value, how) -> str:
@@ -251,7 +251,7 @@ def _convert(output) -> tuple[str, str] | None:
     data, ours = output.data, output.metadata.get(_KEY, {})
     part = ours.get("part")
     if part == "caption": return None
-    if part == "open": return "html", f'<details class="fold"><summary>{_inline(ours["summary"])}</summary><!--fold+-->'
+    if part == "open": return "html", f'<details class="fold"><summary>{inline(ours["summary"])}</summary><!--fold+-->'
     if part == "close": return "html", "<!--fold-->" + "</details>"
     if _PLOTLY in data: return "html", _figure_html(_plotly_html(data[_PLOTLY], ours), ours)
     if "image/svg+xml" in data:

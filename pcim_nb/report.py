@@ -33,7 +33,7 @@ def own_kernel() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as d:
         kernel = Path(d) / "kernels" / "pcim"
         kernel.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
         (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "pcim", "language": "python"}))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [d, before]))
         try: yield "pcim"

@@ -113,9 +113,9 @@ def test_channel_table_counts_every_feature_once():
 
 def test_agreement_is_uniform_by_chance_and_finds_order():
     rng = np.random.default_rng(0)
-    ps = [agreement(pd.DataFrame({"channel": list("abcde"), "share": rng.random(5), "median_g": rng.random(5), "differ": 1})).p for _ in range(400)]
+    ps = [agreement(pd.DataFrame({"channel": list("abcde"), "share": rng.random(5), "fraction": rng.random(5), "differ": 1})).p for _ in range(400)]
     assert np.mean(np.array(ps) <= .05) < .08 and .45 < np.mean(ps) < .58
-    many = pd.DataFrame({"channel": list("abcdefghij"), "share": np.arange(10.), "median_g": np.arange(10.) ** 2, "differ": 1})
+    many = pd.DataFrame({"channel": list("abcdefghij"), "share": np.arange(10.), "fraction": np.arange(10.) ** 2, "differ": 1})
     assert agreement(many).rho == pytest.approx(1) and agreement(many).p < .001 and agreement(many) == agreement(many)
     with pytest.raises(PcimError, match="evidence"): agreement(many, "p")
 
