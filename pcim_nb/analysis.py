@@ -36,10 +36,11 @@ from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
 
 # %% auto #0
-__all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'choose', 'Explained', 'attributions', 'regions', 'explain',
-           'map_without_training', 'Swapped', 'as_logits', 'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles',
-           'get_profiles', 'primary_shares', 'link', 'percent', 'top_channels', 'truth_check', 'Summary', 'summarise',
-           'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables', 'plain']
+__all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'evaluate_test', 'choose', 'Explained', 'attributions',
+           'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits', 'swap', 'Hybrids', 'hybrids', 'Linked',
+           'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent', 'percent_interval', 'top_channels',
+           'truth_check', 'Summary', 'summarise', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables',
+           'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -113,7 +114,16 @@ def get_classifier(spec: DatasetSpec, iset: ImageSet, split: Split, stats: pd.Da
     save_classifier(model, folder, {"key": key, "channels": iset.channels, "classes": iset.classes, "history": history.to_dict("list"), "seconds": seconds})
     return Trained(model, "trained for this report", history, seconds)
 
-# %% ../nbs/33_analysis.ipynb #cell-9
+# %% ../nbs/33_analysis.ipynb #cell-8
+def evaluate_test(iset: ImageSet, split: Split, probs: np.ndarray, seed: int = 0) -> Evaluation:
+    """Quality on the test images (`probs`, a row an image of `split.test`), intervals by bootstrap over groups; where all test images are of one group, over the units
+    in it, and the note says what that leaves out."""
+    groups, units, labels = iset.groups[split.test], iset.units[split.test], iset.labels[split.test]
+    if len(set(groups)) > 1 or len(set(units)) < 2: return evaluate(probs, labels, groups, iset.classes, seed=seed)
+    out, one, many = evaluate(probs, labels, units, iset.classes, seed=seed), *(c.removeprefix("Metadata_").lower() for c in (iset.group, iset.unit))
+    return replace(out, n_groups=1, note="; ".join(filter(None, [f"one test {one}: intervals are over its {len(set(units))} {many}s and do not say how {one}s differ", out.note])))
+
+# %% ../nbs/33_analysis.ipynb #cell-10
 def choose(iset: ImageSet, idx: np.ndarray, right: np.ndarray, per_class: int, seed: int = 0) -> np.ndarray:
     """Up to `per_class` of the images `idx` of each class where `right` (bool, as long as `idx`), drawn at random but evenly over units.
     Sorted by class. Classes without a right image are left out."""
@@ -124,7 +134,7 @@ def choose(iset: ImageSet, idx: np.ndarray, right: np.ndarray, per_class: int, s
         out += pool.iloc[np.argsort(turn.to_numpy(), kind="stable")]["i"].tolist()[:per_class]
     return np.array(out, dtype=np.int64)
 
-# %% ../nbs/33_analysis.ipynb #cell-11
+# %% ../nbs/33_analysis.ipynb #cell-12
 @dataclass
 class Explained:
     """Attribution maps of chosen images. `index`: positions in the set; `maps[method]`: n×C×H×W; `shares`: a row a method, image and channel; `scores`: relevance mass and
@@ -175,7 +185,7 @@ def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray) -> Explai
     table = lambda parts: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return Explained(idx, maps, table(shares), table(scores), table(where), skipped)
 
-# %% ../nbs/33_analysis.ipynb #cell-13
+# %% ../nbs/33_analysis.ipynb #cell-14
 def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, maps: torch.Tensor) -> float:
     """Mean rank correlation (−1 to 1) between the absolute maps of the trained classifier and those of the same architecture with random weights, over the
     images `idx`; NaN where the classifier cannot be made anew (a callable, or a model that came with its weights)."""
@@ -187,7 +197,7 @@ def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarr
     r = [spearmanr(a.abs().flatten().numpy(), b.abs().flatten().numpy()).statistic for a, b in zip(maps, other)]
     return float(np.nanmean(r))
 
-# %% ../nbs/33_analysis.ipynb #cell-15
+# %% ../nbs/33_analysis.ipynb #cell-16
 @dataclass
 class Swapped:
     "Pairs of images and counterfactuals, the maps between them, and the DAC results by scenario (`aggregate`, and `single_channel` where there are several stains)."
@@ -215,7 +225,7 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
     if len(iset.channels) > 1: results["single_channel"] = dac(scores, pairs, maps, "single_channel", progress=progress, **given)
     return Swapped(pairs, maps, results)
 
-# %% ../nbs/33_analysis.ipynb #cell-16
+# %% ../nbs/33_analysis.ipynb #cell-17
 @dataclass
 class Hybrids:
     "Hybrids n×C×H×W between a counterfactual and an image, with their masks n×1×H×W and the masks' sizes (shares of the picture)."
@@ -231,7 +241,7 @@ def hybrids(maps: torch.Tensor, image: torch.Tensor, counterfactual: torch.Tenso
     m = masks[at]
     return Hybrids(counterfactual + m * (image - counterfactual), m, [float(sizes[i]) for i in at])
 
-# %% ../nbs/33_analysis.ipynb #cell-18
+# %% ../nbs/33_analysis.ipynb #cell-19
 @dataclass
 class Linked:
     """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature;
@@ -304,11 +314,14 @@ def link(spec: DatasetSpec, iset: ImageSet, profiles: pd.DataFrame, explained: E
         agreements[contrast] = agreement(tables[contrast])
     return Linked(profiles, dropped, units, diffs, tables, agreements, notes + list(diffs.attrs.get("notes", [])))
 
-# %% ../nbs/33_analysis.ipynb #cell-20
-def percent(x: float) -> str: return "–" if x is None or not np.isfinite(x) else f"{x:.0%}"
+# %% ../nbs/33_analysis.ipynb #cell-21
+def percent(x: float) -> str:
+    "A share as a whole percentage."
+    return f"{x:.0%}" if np.isfinite(x) else "–"
 
-def _interval(low: float, high: float, form=percent) -> str:
-    return f" (95 % interval {form(low)} to {form(high)})" if np.isfinite(low) and np.isfinite(high) else ""
+def percent_interval(low: float, high: float) -> str:
+    "The two ends of an interval in words; says so when there is none."
+    return f"95 % interval {percent(low)} to {percent(high)}" if np.isfinite(low) and np.isfinite(high) else "no interval"
 
 def top_channels(shares: pd.DataFrame, channels: list[str]) -> pd.DataFrame:
     "For each class the channel with the largest mean share of attribution (`channel`, `share`), and how many images that rests on."
@@ -338,7 +351,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     chance = 1 / len(iset.classes)
     weak = acc.value < chance + .15
     said.append(f"The classifier {'can hardly tell' if weak else 'tells'} {' from '.join(iset.classes) if len(iset.classes) == 2 else f'{len(iset.classes)} classes apart'} "
-                f"in {evaluation.n_images} images of {evaluation.n_groups} {_plural(groups, evaluation.n_groups)} it was not trained on: balanced accuracy **{percent(acc.value)}**{_interval(acc.low, acc.high)}, "
+                f"in {evaluation.n_images} images of {evaluation.n_groups} {_plural(groups, evaluation.n_groups)} it was not trained on: balanced accuracy **{percent(acc.value)}** ({percent_interval(acc.low, acc.high)}), "
                 f"where guessing gives {percent(chance)}.")
     numbers = {"name": spec.name, "images": len(iset), "classes": iset.class_counts(), "channels": iset.channels, "metrics": evaluation.metrics.to_dict("index"),
                "test_groups": evaluation.n_groups, "failed": failed}
@@ -389,8 +402,9 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             same = [(c, t) for c, t in linked.tables.items() if len(iset.channels) > 1]
             agree = {}
             for c, t in same:
-                own = t[t.channel.isin(iset.channels) & t.median_g.notna() & t.share.notna()]
-                if len(own): agree[c] = (own.channel[own.share.idxmax()], own.channel[own.median_g.idxmax()])
+                by = linked.agreements[c].evidence
+                own = t[t.channel.isin(iset.channels) & t[by].notna() & t.share.notna()]
+                if len(own): agree[c] = (own.channel[own.share.idxmax()], own.channel[own[by].astype(float).idxmax()])
             numbers["top_channels"] = {c: {"attribution": a, "features": f} for c, (a, f) in agree.items()}
             numbers["agreement"] = {c: {"rho": v.rho, "p": v.p, "channels": v.n_channels} for c, v in linked.agreements.items()}
             if agree:
@@ -400,8 +414,10 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
         wary += linked.notes
     if background is not None:
         numbers["background"] = {"auc": background.auc, "low": background.low, "high": background.high, "p": background.p, "predicts": bool(background.predicts)}
-        (said if background.predicts else wary).append(background.verdict)
-        if background.predicts: wary.append("The background predicts the class: part of the accuracy, and of the attribution outside the objects, may come from how the images were taken and not from the specimens.")
+        if not background.predicts: wary.append(background.verdict)
+        else:
+            said.append(f"**Be careful: pixels outside the objects predict the class too** (AUC {background.auc:.2f}, where 0.5 is chance).")
+            wary.append("The background predicts the class: part of the accuracy, and of the attribution outside the objects, may come from how the images were taken and not from the specimens.")
     units = pd.Series(iset.units).groupby(iset.labels).nunique()
     if units.min() < 3: wary.append(f"{iset.classes[int(units.idxmin())]} has {units.min()} {_plural(iset.unit.removeprefix('Metadata_').lower(), units.min())}: what belongs to the class cannot be told from what belongs to the well.")
     wary += [f"{part} could not be computed: {why}." for part, why in failed.items()]
@@ -410,7 +426,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
 
 def _plural(word: str, n: int) -> str: return word if n == 1 else word + "s"
 
-# %% ../nbs/33_analysis.ipynb #cell-22
+# %% ../nbs/33_analysis.ipynb #cell-23
 def provenance(spec: DatasetSpec) -> dict[str, str]:
     "Versions, machine, seed and, in a checkout, the commit that made a report."
     packages = ("torch", "captum", "cp-measure", "scikit-learn", "scikit-image", "numpy", "pandas", "papermill")

@@ -108,8 +108,8 @@ def _with_validation(labels, groups, rest, test, val, seed, note) -> Split:
 def split_groups(labels: Sequence[int], groups: Sequence[str], test: float = 0.3, val: float = 0.2, seed: int = 0) -> Split:
     """Splits images so that each group is on one side only, every class in training and test, as near as possible to the wanted shares.
 
-    `test` is the share of all images kept for the test, `val` the share of the rest that watches over the training. Where there are too
-    few groups for a validation part of its own, it is drawn at random from the training images and `Split.note` says so. Raises `PcimError`
+    `test` is the share of all images kept for the test, `val` the share of the rest that watches over the training. Where there are too few groups
+    for whole ones to make up about that share, validation images are drawn at random from the training groups and `Split.note` says so. Raises `PcimError`
     when a class is found in one group only."""
     labels, groups = np.asarray(labels), np.asarray(groups, dtype=str)
     if len(labels) != len(groups): raise PcimError(f"{len(groups)} groups for {len(labels)} labels; expected one a label")
@@ -179,15 +179,14 @@ class SmallCNN(nn.Module):
         super().__init__()
         if pooling not in ("mean+max", "mean"): raise PcimError(f"model: pooling {pooling!r}; expected mean+max or mean")
         if min(width, depth, downsample) < 1 or flatten < 0: raise PcimError(f"model: width {width}, depth {depth}, downsample {downsample}, flatten {flatten}; expected whole numbers from 1 (flatten from 0)")
-        self.n_channels, self.n_classes, self.downsample, self.flatten = n_channels, n_classes, downsample, flatten
+        self.n_channels, self.n_classes, self.pooling, self.downsample, self.flatten = n_channels, n_classes, pooling, downsample, flatten
         self.register_buffer("mean", torch.zeros(1, n_channels, 1, 1))
         self.register_buffer("std", torch.ones(1, n_channels, 1, 1))
         wide = [min(width * 2**i, max(width, 128)) for i in range(depth)]
-        self.features = nn.Sequential(nn.Conv2d(n_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+        self.features = nn.Sequential(nn.Conv2d(n_channels, width, 3, 1, 1, bias=False), nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(width), nn.ReLU(),
                                       *[_Residual(a, b) for a, b in zip(wide, wide[1:])])
-        self.max = nn.MaxPool2d(1) if pooling == "mean+max" else None
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(wide[-1] * (2 if self.max else 1), n_classes)
+        self.head = nn.Linear(wide[-1] * (2 if pooling == "mean+max" else 1), n_classes)
 
     @property
     def gradcam_layer(self) -> nn.Module: return self.features[-1]
@@ -211,10 +210,7 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features((self.prepare(x) - self.mean) / self.std)
-        pooled = x.mean((2, 3))
-        if self.max:
-            self.max.kernel_size = self.max.stride = tuple(x.shape[2:])   # a MaxPool2d over all positions: DeepLIFT has a rule for it, for amax none
-            pooled = torch.cat([pooled, self.max(x).flatten(1)], 1)
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1) if self.pooling == "mean+max" else x.mean((2, 3))
         return self.head(self.dropout(pooled))
 
 def gradcam_layer(model: nn.Module) -> nn.Module | None:

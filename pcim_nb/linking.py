@@ -305,9 +305,13 @@ def background_check(iset: ImageSet, idx: Sequence[int] | None = None, dilate: i
     full[np.ix_(has, present)] = own
     predicts = p < 0.05 and auc > 0.5
     where = f"AUC {auc:.2f}, 95 % interval {low:.2f} to {high:.2f}, p = {p:.2g}; 0.5 is chance; {len(y)} images, split by {split_by.removeprefix('Metadata_').lower()}"
-    best = table.loc[table.auc.idxmax()]
-    if not predicts: verdict = f"No sign that pixels outside the objects predict the class ({where})."
-    elif auc >= 0.7: verdict = (f"Pixels outside the objects predict the class ({where}), most of all the {best.kind} of {best.channel}. "
+    best, means = table.loc[table.auc.idxmax()], table[table.kind == "mean brightness"]
+    simple = means.loc[means.auc.idxmax()]
+    of = "of the background" if len(iset.channels) == 1 else f"of {simple.channel} there"
+    if not predicts and auc >= 0.7: verdict = (f"Pixels outside the objects may predict the class, but there are too few {split_by.removeprefix('Metadata_').lower()}s and wells to tell it from chance ({where}). "
+                                               "A shortcut through the background cannot be ruled out.")
+    elif not predicts: verdict = f"No sign that pixels outside the objects predict the class ({where})."
+    elif auc >= 0.7: verdict = (f"Pixels outside the objects predict the class ({where}), most of all the {best.kind} of {best.channel}; the mean brightness {of} alone gives AUC {simple.auc:.2f}. "
                                 "A classifier can reach its score without looking at the objects: a correct prediction does not show that it saw the biology.")
     else: verdict = f"Pixels outside the objects say a little about the class ({where}). Read attribution outside the objects with care."
     return BackgroundCheck(auc, float(low), float(high), p, predicts, verdict, len(y), split_by, k, table, full)

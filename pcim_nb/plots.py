@@ -307,7 +307,7 @@ def attribution_maps(images: np.ndarray, attributions: np.ndarray, channels: Seq
     ramp = np.linspace(-1, 1, 129)[None]
     bar.imshow(_overlay(np.full_like(ramp, .35), ramp, 1.), aspect="auto", extent=(-1, 1, 0, 1), interpolation="none")
     bar.set_xticks([-1, 0, 1], ["against", "0", "for the class"], fontsize=8); bar.set_yticks([]); bar.tick_params(length=2); bar.spines[:].set_visible(False)
-    if masks is not None: fig.text((left + 2.2) / w, .255 / h, "white outline: what truly differs", fontsize=8, color=SOFT, va="center")
+    if masks is not None: fig.text((left + 2.2) / w, .255 / h, "white outline: truth mask", fontsize=8, color=SOFT, va="center")
     return fig
 
 # %% ../nbs/30_plots.ipynb #cell-28

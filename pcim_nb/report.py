@@ -18,12 +18,14 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from .datasets import DatasetSpec, parse_spec, reports_folder
+from .analysis import check_spec, split_images
+from .classifiers import build
+from .datasets import DatasetSpec, SimulatedImages, data_root, find_path, open_dataset, parse_spec, reports_folder
 from .images import PcimError
 from .page import notebook_to_html
 
 # %% auto #0
-__all__ = ['own_kernel', 'ReportError', 'run_report']
+__all__ = ['own_kernel', 'ReportError', 'check_before', 'run_report']
 
 # %% ../nbs/34_report.ipynb #cell-5
 @contextmanager
@@ -34,7 +36,8 @@ def own_kernel() -> Iterator[str]:
         kernel = Path(d) / "kernels" / "pcim"
         kernel.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
-        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "pcim", "language": "python"}))
+        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "pcim", "language": "python",
+                                                         "env": {"OMP_WAIT_POLICY": "PASSIVE"}}))  # waiting threads give way: spinning ones stall a busy machine
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [d, before]))
         try: yield "pcim"
         finally:
@@ -61,6 +64,16 @@ def _without_progress(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if c.cell_type == "code": c.outputs = [o for o in c.outputs if o.output_type != "stream"]
     return nb
 
+def check_before(spec: DatasetSpec, root: str | Path | None = None) -> None:
+    """What can be found out in a second, before a kernel is started: files and columns that are not there, names that nothing here knows, groups on both sides of the split.
+    Raises `PcimError`. Pixels are not read (a simulated set, which would have to be made, is left to the report)."""
+    if isinstance(spec.images, SimulatedImages): return
+    iset = open_dataset(spec, root)
+    check_spec(spec, iset)
+    split_images(spec, iset)
+    if ":" not in spec.model.architecture: build(spec.model.architecture, len(iset.channels), len(iset.classes), **spec.model.options)
+    if spec.model.weights: find_path(spec.model.weights, spec.base, data_root(root), "model.weights")
+
 def _write_page(nb: nbformat.NotebookNode, page: Path, title: str, code: bool) -> Path:
     "The page, whole or not at all: a reader never meets half a file."
     part = page.with_name(f".{page.name}.part")
@@ -74,6 +87,7 @@ def run_report(spec: DatasetSpec, out: str | Path, root: str | Path | None = Non
     (`tables/`, CSV and parquet), the numbers (`numbers.json`), the trained model (`model/`) and the measured features (`features/`), which a second run
     with the same data and settings takes from there. `root` is the data root, `code` shows the code cells, `timeout` bounds each cell (seconds).
     Raises `ReportError` when a step fails; the page then says so too."""
+    check_before(spec, root)
     folder = Path(out).resolve() / spec.name
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise PcimError(f"{folder}: cannot be made ({e.strerror}); expected a folder to write the report to") from None
