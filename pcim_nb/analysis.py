@@ -37,10 +37,10 @@ from .simulate import PHENOTYPES
 
 # %% auto #0
 __all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'evaluate_test', 'choose', 'Explained', 'attributions',
-           'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits', 'swap', 'Hybrids', 'hybrids', 'Linked',
-           'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent', 'percent_interval', 'top_channels',
-           'truth_check', 'Summary', 'summarise', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables',
-           'plain']
+           'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits', 'swap', 'Hybrids',
+           'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent',
+           'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise', 'provenance', 'command',
+           'as_yaml', 'with_channel', 'save_tables', 'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -154,6 +154,18 @@ def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: 
     x = iset.load(idx)
     return make(method, model, **options).attribute(x, torch.as_tensor(iset.labels[idx]), make_baseline(baseline, x))
 
+def usable_methods(spec: DatasetSpec, model, iset: ImageSet) -> tuple[DatasetSpec, dict[str, str]]:
+    """The dataset file with only the methods that work on this classifier (tried on one image), and the others with the reason. When the primary method is among the others, the
+    first that works and tells channels apart takes its place. Raises `PcimError` when none works."""
+    a, skipped = spec.attribution, {}
+    for name in a.methods:
+        try: attributions(name, model, iset, np.arange(1), "zeros", spec.seed, **a.options.get(name, {}))
+        except PcimError as e: skipped[name] = str(e).removeprefix(f"{name}: ")
+    left = [m for m in a.methods if m not in skipped]
+    lead = [m for m in [a.primary, *left] if m in left and (METHODS[m].channel_resolved or len(iset.channels) == 1)]
+    if not lead: raise PcimError("attribution.methods: none works on this classifier: " + "; ".join(f"{m}: {why}" for m, why in skipped.items()))
+    return spec.model_copy(update={"attribution": a.model_copy(update={"methods": left, "primary": lead[0]})}), skipped
+
 def _about(iset: ImageSet, idx: np.ndarray) -> pd.DataFrame:
     "Image, class and unit of each of the images `idx`."
     return pd.DataFrame({"image": [iset.ids[i] for i in idx], "class": np.array(iset.classes, dtype=object)[iset.labels[idx]], "unit": iset.units[idx]})
@@ -164,17 +176,14 @@ def regions(iset: ImageSet) -> dict:
     if iset.masks is not None and iset.mask(0).shape[0] == 1: out["truth mask"] = lambda i: iset.mask(i)[0]
     return out
 
-def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray) -> Explained:
-    "All methods of the dataset file on the images `idx`, with channel shares, localisation against the truth masks, and where the attribution lies."
-    maps, skipped, shares, scores, where = {}, {}, [], [], []
+def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, skipped: dict[str, str] | None = None) -> Explained:
+    """All methods of the dataset file on the images `idx`, with channel shares, localisation against the truth masks, and where the attribution lies. `skipped` says which methods
+    were left out before (see `usable_methods`)."""
+    maps, shares, scores, where = {}, [], [], []
     about, inside = _about(iset, idx), regions(iset)
     masks = None if iset.masks is None else iset.load_masks(idx)
     for name in spec.attribution.methods:
-        try: a = attributions(name, model, iset, idx, spec.attribution.baseline, spec.seed, **spec.attribution.options.get(name, {}))
-        except PcimError as e:
-            if name == spec.attribution.primary: raise
-            skipped[name] = str(e)
-            continue
+        a = attributions(name, model, iset, idx, spec.attribution.baseline, spec.seed, **spec.attribution.options.get(name, {}))
         maps[name] = a
         if METHODS[name].channel_resolved:
             s = pd.DataFrame(channel_shares(a), columns=iset.channels)
@@ -183,7 +192,7 @@ def explain(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray) -> Explai
         if name == spec.attribution.primary:
             for region, of in inside.items(): where.append(about.assign(region=region).join(object_shares(a, [of(i) for i in idx]).rename(columns={"inside": "share"})))
     table = lambda parts: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return Explained(idx, maps, table(shares), table(scores), table(where), skipped)
+    return Explained(idx, maps, table(shares), table(scores), table(where), skipped or {})
 
 # %% ../nbs/33_analysis.ipynb #cell-14
 def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, maps: torch.Tensor) -> float:
@@ -353,7 +362,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     said.append(f"The classifier {'can hardly tell' if weak else 'tells'} {' from '.join(iset.classes) if len(iset.classes) == 2 else f'{len(iset.classes)} classes apart'} "
                 f"in {evaluation.n_images} images of {evaluation.n_groups} {_plural(groups, evaluation.n_groups)} it was not trained on: balanced accuracy **{percent(acc.value)}** ({percent_interval(acc.low, acc.high)}), "
                 f"where guessing gives {percent(chance)}.")
-    numbers = {"name": spec.name, "images": len(iset), "classes": iset.class_counts(), "channels": iset.channels, "metrics": evaluation.metrics.to_dict("index"),
+    numbers = {"name": spec.name, "images": len(iset), "classes": iset.class_counts(), "channels": iset.channels, "method": spec.attribution.primary, "metrics": evaluation.metrics.to_dict("index"),
                "test_groups": evaluation.n_groups, "failed": failed}
     if weak: wary.append("The classifier is hardly better than guessing: its attribution maps explain decisions that are mostly wrong on new images, so read nothing into them.")
     if explained is not None:

@@ -12,13 +12,14 @@ import yaml
 from browser import CHROMIUM, NO_BROWSER, open_page
 
 from pcim_nb.cli import main
+from pcim_nb.datasets import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def report(name, out, *more):
     assert main(["report", str(name), "-o", str(out), "-q", *more]) == 0
-    folder = out / (Path(name).stem if str(name).endswith(".yaml") else name)
+    folder = out / load_spec(name).name
     return folder, json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
 
 
@@ -66,7 +67,7 @@ def test_demo_page_in_a_browser_without_network(demo, width):
 def test_second_run_trains_and_measures_nothing_again(fields):
     folder, spec = fields
     first, a = report(folder / "set.yaml", folder / "out")
-    before = {p: p.stat().st_mtime_ns for d in ("model", "features") for p in (first.parent / "fields" / d).iterdir()}
+    before = {p: p.stat().st_mtime_ns for d in ("model", "features") for p in (first / d).iterdir()}
     again, b = report(folder / "set.yaml", folder / "out")
     assert before and {p: p.stat().st_mtime_ns for p in before} == before
     assert a["metrics"] == b["metrics"] and a["shares"] == b["shares"] and a["dac"] == b["dac"]
@@ -88,11 +89,11 @@ def test_report_with_the_users_own_model_and_feature_table(fields, monkeypatch):
     table = pd.read_csv(folder / "table.csv")
     table.assign(Cells_Intensity_MeanIntensity_ER=(table.treatment == "treated") + 0.1 * table.index % 7, Cells_Intensity_MeanIntensity_DNA=(table.index * 37 % 11) / 11).drop(
         columns=["FileName_DNA", "FileName_ER", "cells", "file_number", "treatment"]).to_csv(folder / "features.csv", index=False)
-    spec |= {"model": {"architecture": "my_lab:bright_er", "pretrained": True}, "attribution": {"methods": ["Occlusion", "IntegratedGradients"], "images_per_class": 2}, "profiles": {"table": "features.csv"}}
+    spec |= {"model": {"architecture": "my_lab:bright_er", "pretrained": True}, "attribution": {"images_per_class": 2}, "profiles": {"table": "features.csv"}}
     (folder / "own.yaml").write_text(yaml.safe_dump(spec | {"name": "own"}, allow_unicode=True), encoding="utf-8")
     _, n = report(folder / "own.yaml", folder / "out")
     assert n["metrics"]["accuracy"]["value"] == 1 and n["failed"] == {}
-    assert all(s["ER"] > 0.99 for s in n["shares"].values())
+    assert all(s["ER"] > 0.99 for s in n["shares"].values()) and n["method"] == "Occlusion"   # DeepLift, the default, cannot be used
     assert n["top_channels"]["treated vs control"] == {"attribution": "ER", "features": "ER"}
 
 
