@@ -396,6 +396,9 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             numbers["dac_pairs"] = int(main.kept.sum())
             if "single_channel" in swapped.results and len(swapped.results["single_channel"].scores):
                 numbers["dac_by_channel"] = swapped.results["single_channel"].scores.groupby("channel", sort=False)["dac"].mean().to_dict()
+            if "dac_by_channel" in numbers and len(iset.classes) == 2:
+                alone = pd.Series(numbers["dac_by_channel"]).sort_values(ascending=False)
+                said.append(f"Put back alone, **{alone.index[0]}** does most for the class (DAC score {alone.iloc[0]:.2f}; {', '.join(f'{c} {v:.2f}' for c, v in alone.iloc[1:].items())}).")
             verdict = "better than" if a.mean() > b.mean() + .02 else "no better than"
             said.append(f"Putting back the pixels that attribution ranks first brings the class back {verdict} random pixels do (DAC score {a.mean():.2f} against {b.mean():.2f}, {len(a)} pairs).")
             if verdict != "better than": wary.append("Masks from the attribution do no better than random ones: the ranking of pixels is not faithful to this classifier, or any part of the picture will do.")

@@ -356,15 +356,13 @@ class PixelReader:
             try: a = np.asarray(_open_stack(path, array)[i])
             except PcimError: raise
             except Exception as e: raise PcimError(f"{where}: unreadable ({type(e).__name__}: {e})") from e
-            a = a[None] if axes == "NHW" else a.transpose(2, 0, 1) if axes == "NHWC" else a
+            a = to_unit_range(a[None] if axes == "NHW" else a.transpose(2, 0, 1) if axes == "NHWC" else a, self.max_value, where)
         else:
-            where = str(item[0])
-            parts = [read_array(p) for p in item]
+            parts = [to_unit_range(read_array(p), self.max_value, str(p)) for p in item]
             for p, part in zip(item, parts):
                 if len(item) > 1 and part.shape[0] != 1: raise PcimError(f"{p}: {part.shape[0]} channels; expected one in a file of a single channel")
                 if part.shape[-2:] != parts[0].shape[-2:]: raise PcimError(f"{p}: {part.shape[-2]}×{part.shape[-1]} pixels; expected {parts[0].shape[-2]}×{parts[0].shape[-1]} as {item[0]}")
             a = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        a = to_unit_range(a, self.max_value, where)
         if self.resize is None or a.shape[-2:] == tuple(self.resize): return a
         return F.interpolate(torch.from_numpy(np.ascontiguousarray(a))[None], self.resize, mode="bilinear", antialias=True)[0].clamp(0, 1).numpy()
 

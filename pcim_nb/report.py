@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,10 +52,11 @@ class ReportError(PcimError):
         self.page = page
 
 def _step_of(nb: nbformat.NotebookNode, failed: int) -> str:
-    "The last heading above the cell that failed."
+    "What the notebook was doing: the last heading, or announced `step`, up to the cell that failed."
     for c in reversed(nb.cells[:failed + 1]):
         for line in reversed(c.source.splitlines()):
-            if c.cell_type == "markdown" and line.startswith("#"): return line.lstrip("# ").removesuffix("<!-- fold -->").strip()
+            if c.cell_type == "markdown" and line.startswith("#"): return line.lstrip("# ").strip()
+            if c.cell_type == "code" and (said := re.fullmatch(r'step\("(.+)"\)', line)): return said[1]
     return "start"
 
 def _without_progress(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
