@@ -36,9 +36,9 @@ from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
 
 # %% auto #0
-__all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'evaluate_test', 'choose', 'Explained', 'attributions',
-           'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits', 'swap', 'Hybrids',
-           'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent',
+__all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
+           'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits',
+           'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent',
            'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise', 'provenance', 'command',
            'as_yaml', 'with_channel', 'save_tables', 'plain']
 
@@ -115,12 +115,16 @@ def get_classifier(spec: DatasetSpec, iset: ImageSet, split: Split, stats: pd.Da
     return Trained(model, "trained for this report", history, seconds)
 
 # %% ../nbs/33_analysis.ipynb #cell-8
+def word(column: str) -> str:
+    "A metadata column as a word in a sentence: `Metadata_Patient_id` → patient."
+    return column.removeprefix("Metadata_").lower().removesuffix("_id")
+
 def evaluate_test(iset: ImageSet, split: Split, probs: np.ndarray, seed: int = 0) -> Evaluation:
     """Quality on the test images (`probs`, a row an image of `split.test`), intervals by bootstrap over groups; where all test images are of one group, over the units
     in it, and the note says what that leaves out."""
     groups, units, labels = iset.groups[split.test], iset.units[split.test], iset.labels[split.test]
     if len(set(groups)) > 1 or len(set(units)) < 2: return evaluate(probs, labels, groups, iset.classes, seed=seed)
-    out, one, many = evaluate(probs, labels, units, iset.classes, seed=seed), *(c.removeprefix("Metadata_").lower() for c in (iset.group, iset.unit))
+    out, one, many = evaluate(probs, labels, units, iset.classes, seed=seed), *(word(c) for c in (iset.group, iset.unit))
     return replace(out, n_groups=1, note="; ".join(filter(None, [f"one test {one}: intervals are over its {len(set(units))} {many}s and do not say how {one}s differ", out.note])))
 
 # %% ../nbs/33_analysis.ipynb #cell-10
@@ -356,7 +360,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     """The report's opening and its warnings. Parts that could not be computed are None, with the reason in `failed`."""
     said, wary = [], []
     acc = evaluation.metrics.loc["balanced accuracy"]
-    groups = iset.group.removeprefix("Metadata_").lower()
+    groups = word(iset.group)
     chance = 1 / len(iset.classes)
     weak = acc.value < chance + .15
     said.append(f"The classifier {'can hardly tell' if weak else 'tells'} {' from '.join(iset.classes) if len(iset.classes) == 2 else f'{len(iset.classes)} classes apart'} "
@@ -409,7 +413,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             d = linked.differences
             tested, differ = int(d.q.notna().sum()), int((d.q < .05).sum())
             numbers["features"] = {"rows": len(linked.profiles), "units": len(linked.units), "tests": tested, "differ": differ}
-            if tested: said.append(f"Of {d.feature.nunique():,} CellProfiler features, {d[d.q < .05].feature.nunique():,} differ between classes (unit: {iset.unit.removeprefix('Metadata_').lower()}; {tested:,} tests, Benjamini–Hochberg q < 0.05).")
+            if tested: said.append(f"Of {d.feature.nunique():,} CellProfiler features, {d[d.q < .05].feature.nunique():,} differ between classes (unit: {word(iset.unit)}; {tested:,} tests, Benjamini–Hochberg q < 0.05).")
             else: said.append("Too few wells a class for a test of CellProfiler features; effect sizes are shown without p-values.")
             same = [(c, t) for c, t in linked.tables.items() if len(iset.channels) > 1]
             agree = {}
@@ -431,7 +435,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             said.append(f"**Be careful: pixels outside the objects predict the class too** (AUC {background.auc:.2f}, where 0.5 is chance).")
             wary.append("The background predicts the class: part of the accuracy, and of the attribution outside the objects, may come from how the images were taken and not from the specimens.")
     units = pd.Series(iset.units).groupby(iset.labels).nunique()
-    if units.min() < 3: wary.append(f"{iset.classes[int(units.idxmin())]} has {units.min()} {_plural(iset.unit.removeprefix('Metadata_').lower(), units.min())}: what belongs to the class cannot be told from what belongs to the well.")
+    if units.min() < 3: wary.append(f"{iset.classes[int(units.idxmin())]} has {units.min()} {_plural(word(iset.unit), units.min())}: what belongs to the class cannot be told from what belongs to the well.")
     wary += [f"{part} could not be computed: {why}." for part, why in failed.items()]
     wary += [n[0].upper() + n[1:] + "." for n in (split.note, evaluation.note) if n]
     return Summary(said, wary, numbers)
