@@ -31,7 +31,7 @@ from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_pat
 from .images import ImageSet, PcimError
 from .linking import Agreement, BackgroundCheck, agreement, background_check, channel_table, differences
 from .masking import SCENARIOS, DacResult, dac, rank_masks
-from .metrics import bootstrap_interval, channel_shares, object_shares, relevance_mass, relevance_rank
+from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
 
@@ -443,8 +443,8 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
 def _plural(word: str, n: int) -> str: return word if n == 1 else word + "s"
 
 # %% ../nbs/33_analysis.ipynb #cell-23
-def provenance(spec: DatasetSpec) -> dict[str, str]:
-    "Versions, machine, seed and, in a checkout, the commit that made a report."
+def provenance(seed: int | None = None) -> dict[str, str]:
+    "Versions, machine, seed and, in a checkout, the commit that made a report or measured a figure."
     packages = ("torch", "captum", "cp-measure", "scikit-learn", "scikit-image", "numpy", "pandas", "papermill")
     def of(p):
         try: return version(p)
@@ -452,7 +452,7 @@ def provenance(spec: DatasetSpec) -> dict[str, str]:
     here = Path(pcim_nb.__file__).resolve().parent
     git = subprocess.run(["git", "-C", str(here), "log", "-1", "--format=%h %cs"], capture_output=True, text=True) if (here.parent / ".git").exists() else None
     return {"pcim_nb": __version__ + (f" (commit {git.stdout.strip()})" if git and git.returncode == 0 and git.stdout.strip() else ""), "Python": platform.python_version(),
-            **{p: of(p) for p in packages}, "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (", GPU" if torch.cuda.is_available() else ""), "seed": str(spec.seed)}
+            **{p: of(p) for p in packages}, "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (", GPU" if torch.cuda.is_available() else ""), **({} if seed is None else {"seed": str(seed)})}
 
 def command(spec: DatasetSpec) -> str:
     "The command line that makes this report."

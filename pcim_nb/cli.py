@@ -56,6 +56,22 @@ def _datasets(args) -> int:
         print(f"{spec.name:<18} {state:<18} {spec.title}")
     return 0
 
+def _bench(args) -> int:
+    from pcim_nb.bench import check_table, run_bench
+    from pcim_nb.images import PcimError
+    short = 0
+    for name in args.names:
+        try: checks = run_bench(name, args.out, args.small, args.data_root, progress=not args.quiet)
+        except PcimError as e:
+            short += 1
+            _say(f"pcim: error: {e}")
+            continue
+        print(check_table(checks).to_string(index=False), flush=True)
+        failed = [c["name"] for c in checks if c["ok"] is False]
+        short += len(failed)
+        for c in failed: _say(f"pcim: {name}: falls short: {c}")
+    return 1 if short else 0
+
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     p = argparse.ArgumentParser(prog="pcim", description="Which pixels, in which stain channel, made a microscopy classifier decide, and which CellProfiler features say the same.")
@@ -73,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     d = sub.add_parser("datasets", help="list the built-in dataset files and whether their images are there")
     d.add_argument("--data-root", **root)
     d.set_defaults(run=_datasets)
+    b = sub.add_parser("bench", help="measure what this project promises; exit status 1 when a figure falls short")
+    b.add_argument("names", nargs="+", metavar="NAME", help="a benchmark (a notebook of nbs/benchmarks), or the path of a notebook")
+    b.add_argument("--small", action="store_true", help="the short form: within ten minutes on two cores")
+    b.add_argument("-o", "--out", default="pcim-bench", metavar="DIR", help="where to write, in a folder of the benchmark's name (default: %(default)s)")
+    b.add_argument("--data-root", **root)
+    b.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    b.set_defaults(run=_bench)
     return p
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,23 +28,14 @@ from nbconvert.preprocessors import Preprocessor
 from PIL import Image
 
 import pcim_nb
+from .datasets import reports_folder
 from .images import PcimError
 
 # %% auto #0
-__all__ = ['MAX_SVG', 'resource', 'esc', 'inline', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'table_html',
-           'table', 'sections', 'notebook_to_html']
+__all__ = ['MAX_SVG', 'esc', 'inline', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'table_html', 'table',
+           'sections', 'notebook_to_html']
 
 # %% ../nbs/32_page.ipynb #cell-5
-def resource(name: str = "") -> Path:
-    "Path of the file or folder `name` that travels with the package (in a checkout: from `reports/`); `PcimError` if there is none."
-    package = Path(pcim_nb.__file__).resolve().parent
-    places = [package / "reports"]
-    if (package.parent / "pyproject.toml").exists(): places.append(package.parent / "reports")
-    for place in places:
-        if (place / name).exists(): return place / name
-    raise PcimError(f"{name}: no such file is shipped with pcim_nb; expected it in {places[-1]}.")
-
-# %% ../nbs/32_page.ipynb #cell-8
 def esc(text) -> str:
     "`text` as HTML that shows exactly that text."
     return _html.escape(str(text), quote=True)
@@ -58,7 +49,7 @@ def _plain(value) -> str:
     "A value for a Markdown template: every character that Markdown or HTML would act on becomes an entity."
     return re.sub(r"[\\`*_{}\[\]()<>#+\-.!|~$&\"'\n:@]", lambda m: f"&#{ord(m[0])};", str(value))
 
-# %% ../nbs/32_page.ipynb #cell-11
+# %% ../nbs/32_page.ipynb #cell-8
 _KEY = "pcim"                    # our corner of an output's metadata
 _numbers: dict[str, dict[str, int]] = {"figure": {}, "table": {}}
 # Small styles for JupyterLab only; the page has its own and drops these.
@@ -116,7 +107,7 @@ def folded(summary: str):
     try: yield
     finally: _show("", "", part="close")
 
-# %% ../nbs/32_page.ipynb #cell-14
+# %% ../nbs/32_page.ipynb #cell-11
 MAX_SVG = 1_500_000              # bytes; above that a picture of the figure is smaller than its drawing
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
@@ -180,7 +171,7 @@ def _caption(kind: str, number: int | None, caption: str, read: str = "") -> str
     more = f'<span class="read">{inline(read)}</span>' if read else ""
     return f"<figcaption>{no}{inline(caption)}{more}</figcaption>"
 
-# %% ../nbs/32_page.ipynb #cell-18
+# %% ../nbs/32_page.ipynb #cell-15
 def _cell(value, how) -> str:
     if how is not None and not (isinstance(how, str) and pd.isna(value)):
         return esc(how.format(value) if isinstance(how, str) else how(value))
@@ -214,7 +205,7 @@ def table(df: pd.DataFrame, caption: str, name: str | None = None, formats: dict
     _show(f'<figure class="table" id="table-{esc(name)}">{_caption("Table", number, caption)}{table_html(df, formats, rows, name)}</figure>',
           f"Table {number}. {caption}\n{df.head(rows or len(df)).to_string(index=False)}")
 
-# %% ../nbs/32_page.ipynb #cell-22
+# %% ../nbs/32_page.ipynb #cell-19
 _PLOTLY = "application/vnd.plotly.v1+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # ink on paper -> ink in the dark; colours that carry meaning stay
@@ -275,7 +266,7 @@ class _Outputs(Preprocessor):
         cell.outputs = [nbformat.v4.new_output("display_data", data={f"text/{kind}": text}) for kind, text in done]
         return cell, resources
 
-# %% ../nbs/32_page.ipynb #cell-24
+# %% ../nbs/32_page.ipynb #cell-21
 _HEADING = re.compile(r"<h([1-4])\b[^>]*?>(.*?)</h\1>", re.S)
 
 def sections(body: str) -> dict:
@@ -314,9 +305,9 @@ def sections(body: str) -> dict:
     toc.append("</li></ol>" * (level - 1))
     return {"html": "".join(out), "toc": "".join(toc) if items else "", "has_title": has_title}
 
-# %% ../nbs/32_page.ipynb #cell-27
+# %% ../nbs/32_page.ipynb #cell-24
 def _css(code: bool) -> str:
-    css = (resource("template") / "page.css").read_text(encoding="utf-8")
+    css = (reports_folder() / "template" / "page.css").read_text(encoding="utf-8")
     if not code: return css
     from pygments.formatters import HtmlFormatter
     light, dark = (HtmlFormatter(style=s, nobackground=True).get_style_defs(".highlight") for s in ("tango", "github-dark"))
@@ -346,7 +337,7 @@ def notebook_to_html(notebook: str | Path | nbformat.NotebookNode, out_path: str
     if has_plotly:
         from plotly.offline import get_plotlyjs
         plotly = get_plotlyjs()
-    template = resource("template")
+    template = reports_folder() / "template"
     exporter = _Exporter(template_name=template.name, extra_template_basedirs=[str(template.parent)], preprocessors=[_Outputs],
                          filters={"sections": sections})
     about = {"title": title, "version": pcim_nb.__version__, "code": code, "css": _css(code), "plotly": plotly,
