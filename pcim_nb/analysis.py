@@ -30,7 +30,8 @@ from .counterfactual import Pairs, attribute_pairs, make_pairs
 from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, read_table, reports_folder
 from .images import ImageSet, PcimError
 from .linking import Agreement, BackgroundCheck, agreement, background_check, channel_table, differences
-from .masking import SCENARIOS, DacResult, dac, rank_masks
+from .dac import DacResult, dac
+from .masking import SCENARIOS, rank_masks
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
@@ -366,7 +367,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     said.append(f"The classifier {'can hardly tell' if weak else 'tells'} {' from '.join(iset.classes) if len(iset.classes) == 2 else f'{len(iset.classes)} classes apart'} "
                 f"in {evaluation.n_images} images of {evaluation.n_groups} {_plural(groups, evaluation.n_groups)} it was not trained on: balanced accuracy **{percent(acc.value)}** ({percent_interval(acc.low, acc.high)}), "
                 f"where guessing gives {percent(chance)}.")
-    numbers = {"name": spec.name, "images": len(iset), "classes": iset.class_counts(), "channels": iset.channels, "method": spec.attribution.primary, "metrics": evaluation.metrics.to_dict("index"),
+    numbers = {"name": spec.name, "title": spec.title or spec.name, "images": len(iset), "classes": iset.class_counts(), "channels": iset.channels, "method": spec.attribution.primary, "metrics": evaluation.metrics.to_dict("index"),
                "test_groups": evaluation.n_groups, "failed": failed}
     if weak: wary.append("The classifier is hardly better than guessing: its attribution maps explain decisions that are mostly wrong on new images, so read nothing into them.")
     if explained is not None:
@@ -438,6 +439,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     if units.min() < 3: wary.append(f"{iset.classes[int(units.idxmin())]} has {units.min()} {_plural(word(iset.unit), units.min())}: what belongs to the class cannot be told from what belongs to the well.")
     wary += [f"{part} could not be computed: {why}." for part, why in failed.items()]
     wary += [n[0].upper() + n[1:] + "." for n in (split.note, evaluation.note) if n]
+    numbers["warnings"] = len(wary)
     return Summary(said, wary, numbers)
 
 def _plural(word: str, n: int) -> str: return word if n == 1 else word + "s"

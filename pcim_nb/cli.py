@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 
@@ -29,7 +30,7 @@ def _report(args) -> int:
             root = data_root(args.data_root)
             spec = load_spec(file, args.set)
             _say(f"pcim: {spec.name}: {spec.title or spec.images.reader}")
-            page = run_report(spec, args.out, root, code=args.code, progress=not args.quiet)
+            page = run_report(spec, args.out, root, code=args.code, log=None if args.quiet else sys.stderr)
         except PcimError as e:
             failed += 1
             _say(f"pcim: error: {e}")
@@ -55,6 +56,21 @@ def _datasets(args) -> int:
         except PcimError: state = "images not found" if root else "needs PCIM_DATA"
         print(f"{spec.name:<18} {state:<18} {spec.title}")
     return 0
+
+def _batch(args) -> int:
+    from pcim_nb.batch import run_batch
+    from pcim_nb.datasets import data_root
+    from pcim_nb.images import PcimError
+    try:
+        table = run_batch(args.paths, args.out, args.workers, args.scheduler, args.cluster, args.threads, args.memory, data_root(args.data_root), args.set, args.code, progress=not args.quiet)
+    except PcimError as e:
+        _say(f"pcim: error: {e}")
+        return 1
+    for r in table[table.state != "done"].itertuples(): _say(f"pcim: error: {r.error}")
+    kept = int((table.state.eq("done") & ~table.made.astype(bool)).sum())
+    _say(f"pcim: {(table.state == 'done').sum()} of {len(table)} reports are there" + (f", {kept} of them from before" if kept else ""))
+    print(Path(args.out).resolve() / "index.html", flush=True)
+    return 1 if (table.state != "done").any() else 0
 
 def _bench(args) -> int:
     from pcim_nb.bench import check_table, run_bench
@@ -86,6 +102,20 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--code", action="store_true", help="show the code cells in the page")
     r.add_argument("-q", "--quiet", action="store_true", help="no progress")
     r.set_defaults(run=_report)
+    m = sub.add_parser("batch", help="make many reports, several at a time, and an index page over them")
+    m.add_argument("paths", nargs="+", metavar="PATH", help="a dataset file, a folder of them, or the name of a built-in one")
+    m.add_argument("-o", "--out", default="pcim-batch", metavar="DIR", help="where to write: DIR/index.html, and a folder a report (default: %(default)s)")
+    where = m.add_mutually_exclusive_group()
+    m.add_argument("--workers", type=int, default=2, metavar="N", help="reports at a time (default: %(default)s)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="use the workers of a dask scheduler that runs already, e.g. tcp://host:8786")
+    where.add_argument("--cluster", choices=["slurm", "pbs", "sge"], help="submit the workers to a cluster's queue (needs dask-jobqueue)")
+    m.add_argument("--threads", type=int, metavar="N", help="cores a report (default: this machine's, shared out among the workers)")
+    m.add_argument("--memory", type=float, metavar="GB", help="memory a report (default: no limit)")
+    m.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of every dataset file")
+    m.add_argument("--data-root", **root)
+    m.add_argument("--code", action="store_true", help="show the code cells in the pages")
+    m.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    m.set_defaults(run=_batch)
     d = sub.add_parser("datasets", help="list the built-in dataset files and whether their images are there")
     d.add_argument("--data-root", **root)
     d.set_defaults(run=_datasets)

@@ -233,7 +233,7 @@ def _explain(e: ValidationError, where: str) -> PcimError:
             close = difflib.get_close_matches(str(err["loc"][-1]), known, 1)
             text = f"unknown field; did you mean {close[0]!r}?" if close else f"unknown field; expected one of {', '.join(known)}"
         elif err["type"] == "missing": text = "is missing"
-        elif err["type"] in ("union_tag_invalid", "union_tag_not_found"): name, text = "images.reader", f"expected one of {', '.join(readers)}"
+        elif err["type"] in ("union_tag_invalid", "union_tag_not_found"): name, text = "images.reader", f"found {(err['input'] or {}).get('reader')!r}, expected one of {', '.join(readers)}"
         else: text = err["msg"].removeprefix("Value error, ") + ("" if isinstance(err["input"], (dict, list, BaseModel)) else f" (found {err['input']!r})")
         said.append(f"{name}: {text}")
     return PcimError(f"{where}: " + "; ".join(dict.fromkeys(said)))

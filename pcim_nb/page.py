@@ -12,6 +12,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -32,8 +33,8 @@ from .datasets import reports_folder
 from .images import PcimError
 
 # %% auto #0
-__all__ = ['MAX_SVG', 'esc', 'inline', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'table_html', 'table',
-           'sections', 'notebook_to_html']
+__all__ = ['MAX_SVG', 'esc', 'inline', 'capture', 'html', 'markdown', 'note', 'facts', 'fold', 'folded', 'figure', 'download',
+           'table_html', 'table', 'sections', 'notebook_to_html']
 
 # %% ../nbs/32_page.ipynb #cell-5
 def esc(text) -> str:
@@ -66,8 +67,28 @@ def _number(kind: str, name: str | None) -> tuple[int, str]:
     name = _slug(name) if name else f"{kind}-{len(known) + 1}"
     return known.setdefault(name, len(known) + 1), name
 
-def _show(content: str, plain: str, **ours) -> None:
-    display({"text/html": _LAB + content, "text/plain": plain}, raw=True, metadata={_KEY: ours} if ours else None)
+_captured: list | None = None
+
+def _display(data: dict, metadata: dict | None = None) -> None:
+    if _captured is None: display(data, raw=True, metadata=metadata)
+    else: _captured.append(nbformat.v4.new_output("display_data", data=data, metadata=metadata or {}))
+
+def _show(content: str, plain: str, **ours) -> None: _display({"text/html": _LAB + content, "text/plain": plain}, {_KEY: ours} if ours else None)
+
+@contextmanager
+def capture() -> Iterator[nbformat.NotebookNode]:
+    "A notebook that receives what is shown inside the `with` block, for pages that no notebook runs; figures and tables are numbered from one."
+    global _captured
+    before, _captured = _captured, []
+    numbers = {k: dict(v) for k, v in _numbers.items()}
+    for v in _numbers.values(): v.clear()
+    cell = nbformat.v4.new_code_cell("")
+    try:
+        yield nbformat.v4.new_notebook(cells=[cell])
+        cell.outputs = _captured
+    finally:
+        _captured = before
+        for k, v in _numbers.items(): v.clear(); v.update(numbers[k])
 
 def html(text: str) -> None:
     "Show trusted HTML as it is (`esc` what came from outside)."
@@ -76,7 +97,7 @@ def html(text: str) -> None:
 def markdown(template: str, **values) -> None:
     "Show Markdown; `{name}` in it is replaced by the value of that name, shown literally. Headings become part of the contents."
     text = template.format(**{k: _plain(v) for k, v in values.items()})
-    display({"text/markdown": text, "text/plain": text}, raw=True)
+    _display({"text/markdown": text, "text/plain": text})
 
 _KINDS = {"info": "Note", "warning": "Caution", "error": "Problem", "good": "Good to know"}
 
@@ -156,12 +177,12 @@ def figure(fig, caption: str, alt: str | None = None, name: str | None = None, r
         svg = _svg(fig)
         small = len(svg.encode()) <= MAX_SVG
         data = {"image/svg+xml": svg} if small else {"image/png": _png(fig)}
-        display(data | {"text/plain": plain}, raw=True,
-                metadata={_KEY: ours, "image/svg+xml" if small else "image/png": {"needs_background": "light"}})
+        _display(data | {"text/plain": plain},
+                 {_KEY: ours, "image/svg+xml" if small else "image/png": {"needs_background": "light"}})
         plt.close(fig)
     elif hasattr(fig, "to_plotly_json"):
         from plotly.io import to_json
-        display({"application/vnd.plotly.v1+json": json.loads(to_json(fig, validate=False)), "text/plain": plain}, raw=True, metadata={_KEY: ours})
+        _display({"application/vnd.plotly.v1+json": json.loads(to_json(fig, validate=False)), "text/plain": plain}, {_KEY: ours})
     else:
         raise PcimError(f"fig: a {type(fig).__name__} cannot be shown; expected a matplotlib or plotly figure.")
     _show(_caption("Figure", number, caption, read), plain, part="caption")
@@ -183,6 +204,11 @@ def _cell(value, how) -> str:
         return f"{value:.1e}" if abs(value) < 1e-3 or abs(value) >= 1e6 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return "–" if value is None or value is pd.NA or value is pd.NaT else esc(value)
 
+def download(df: pd.DataFrame, name: str) -> str:
+    "A link that holds `df` as a CSV file `name.csv`."
+    csv = base64.b64encode(("\ufeff" + df.to_csv(index=False, lineterminator="\r\n")).encode()).decode()
+    return f'<a class="csv" download="{esc(name)}.csv" href="data:text/csv;charset=utf-8;base64,{csv}">Download CSV</a>'
+
 def table_html(df: pd.DataFrame, formats: dict | None = None, rows: int | None = None, name: str = "table") -> str:
     "`df` as an HTML table that scrolls sideways, with a CSV to download; `formats` maps a column to '{:.2f}' or a function of the value."
     formats = formats or {}
@@ -193,10 +219,9 @@ def table_html(df: pd.DataFrame, formats: dict | None = None, rows: int | None =
     columns = [shown.iloc[:, j] for j in range(shown.shape[1])]
     body = "".join("<tr>" + "".join(f"<td{c}>{_cell(col.iloc[i], formats.get(label))}</td>" for label, col, c in zip(df.columns, columns, cls)) + "</tr>"
                    for i in range(len(shown)))
-    csv = base64.b64encode(("\ufeff" + df.to_csv(index=False, lineterminator="\r\n")).encode()).decode()
     left = f" The first {len(shown):,} of {len(df):,} rows are shown; the CSV has all." if len(shown) < len(df) else ""
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(name)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            f'<p class="tools"><a class="csv" download="{esc(name)}.csv" href="data:text/csv;charset=utf-8;base64,{csv}">Download CSV</a>{left}</p>')
+            f'<p class="tools">{download(df, name)}{left}</p>')
 
 def table(df: pd.DataFrame, caption: str, name: str | None = None, formats: dict | None = None, rows: int | None = 50, index: bool = False) -> None:
     "Show a DataFrame with a numbered caption and a CSV download; at most `rows` rows are shown. `index=True` keeps the index as columns."
@@ -205,7 +230,7 @@ def table(df: pd.DataFrame, caption: str, name: str | None = None, formats: dict
     _show(f'<figure class="table" id="table-{esc(name)}">{_caption("Table", number, caption)}{table_html(df, formats, rows, name)}</figure>',
           f"Table {number}. {caption}\n{df.head(rows or len(df)).to_string(index=False)}")
 
-# %% ../nbs/32_page.ipynb #cell-19
+# %% ../nbs/32_page.ipynb #cell-21
 _PLOTLY = "application/vnd.plotly.v1+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # ink on paper -> ink in the dark; colours that carry meaning stay
@@ -266,7 +291,7 @@ class _Outputs(Preprocessor):
         cell.outputs = [nbformat.v4.new_output("display_data", data={f"text/{kind}": text}) for kind, text in done]
         return cell, resources
 
-# %% ../nbs/32_page.ipynb #cell-21
+# %% ../nbs/32_page.ipynb #cell-23
 _HEADING = re.compile(r"<h([1-4])\b[^>]*?>(.*?)</h\1>", re.S)
 
 def sections(body: str) -> dict:
@@ -305,7 +330,7 @@ def sections(body: str) -> dict:
     toc.append("</li></ol>" * (level - 1))
     return {"html": "".join(out), "toc": "".join(toc) if items else "", "has_title": has_title}
 
-# %% ../nbs/32_page.ipynb #cell-24
+# %% ../nbs/32_page.ipynb #cell-26
 def _css(code: bool) -> str:
     css = (reports_folder() / "template" / "page.css").read_text(encoding="utf-8")
     if not code: return css

@@ -13,31 +13,34 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import nbformat
 import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .analysis import check_spec, split_images
 from .classifiers import build
 from .datasets import DatasetSpec, SimulatedImages, data_root, find_path, open_dataset, parse_spec, reports_folder
 from .images import PcimError
-from .page import notebook_to_html
+from .page import esc, notebook_to_html
 
 # %% auto #0
-__all__ = ['own_kernel', 'ReportError', 'check_before', 'run_report']
+__all__ = ['own_kernel', 'ReportError', 'check_before', 'failure_page', 'run_report']
 
 # %% ../nbs/34_report.ipynb #cell-5
 @contextmanager
-def own_kernel() -> Iterator[str]:
-    "The name of a Jupyter kernel that runs the current interpreter; it is forgotten afterwards."
+def own_kernel(threads: int | None = None) -> Iterator[str]:
+    "The name of a Jupyter kernel that runs the current interpreter, in at most `threads` threads; it is forgotten afterwards."
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as d:
         kernel = Path(d) / "kernels" / "pcim"
         kernel.mkdir(parents=True)
+        env = {"OMP_WAIT_POLICY": "PASSIVE"}  # waiting threads give way: spinning ones stall a busy machine
+        if threads: env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), str(threads))
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
-        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "pcim", "language": "python",
-                                                         "env": {"OMP_WAIT_POLICY": "PASSIVE"}}))  # waiting threads give way: spinning ones stall a busy machine
+        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "pcim", "language": "python", "env": env}))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [d, before]))
         try: yield "pcim"
         finally:
@@ -51,13 +54,24 @@ class ReportError(PcimError):
         super().__init__(message)
         self.page = page
 
-def _step_of(nb: nbformat.NotebookNode, failed: int) -> str:
-    "What the notebook was doing: the last heading, or announced `step`, up to the cell that failed."
+def _step_of(nb: nbformat.NotebookNode) -> str:
+    "What the notebook was doing when it stopped: the last heading, or announced `step`, up to the cell that failed (or the last one begun)."
+    state = [c.metadata.get("papermill", {}) for c in nb.cells]
+    failed = next((i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", []))), None)
+    if failed is None: failed = max((i for i, p in enumerate(state) if p.get("status") not in (None, "pending")), default=0)
     for c in reversed(nb.cells[:failed + 1]):
         for line in reversed(c.source.splitlines()):
             if c.cell_type == "markdown" and line.startswith("#"): return line.lstrip("# ").strip()
             if c.cell_type == "code" and (said := re.fullmatch(r'step\("(.+)"\)', line)): return said[1]
     return "start"
+
+def _reason(e: Exception, done: Path, timeout: int | None) -> str:
+    "Why a notebook stopped, in one sentence."
+    if isinstance(e, PapermillExecutionError):
+        return e.evalue if e.ename == "PcimError" else f"unexpected {e.ename}: {e.evalue} (a fault of the program; the traceback is in {done})"
+    if isinstance(e, CellTimeoutError): return f"the step ran longer than {timeout} seconds and was stopped"
+    if isinstance(e, DeadKernelError): return "the notebook's process died (often: no memory left)"
+    return f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
 
 def _without_progress(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     "Without what was written to the terminal while it ran."
@@ -82,12 +96,19 @@ def _write_page(nb: nbformat.NotebookNode, page: Path, title: str, code: bool) -
     part.replace(page)
     return page
 
-def run_report(spec: DatasetSpec, out: str | Path, root: str | Path | None = None, code: bool = False, progress: bool = True,
-               timeout: int | None = 7200, notebook: str | Path | None = None) -> Path:
+def failure_page(page: Path, title: str, message: str, nb: nbformat.NotebookNode | None = None, code: bool = False) -> Path:
+    "The page of a report that could not be finished: the reason first, then what was done until then."
+    said = nbformat.v4.new_output("display_data", data={"text/html": f'<div class="note error" role="alert"><span class="kind">This report could not be finished</span><p>{esc(message)}</p></div>'})
+    head = nbformat.v4.new_code_cell("", outputs=[said])
+    done = _without_progress(nb).cells if nb is not None else []
+    return _write_page(nbformat.v4.new_notebook(cells=[head, *done], metadata=nb.metadata if nb is not None else {}), page, title, code)
+
+def run_report(spec: DatasetSpec, out: str | Path, root: str | Path | None = None, code: bool = False, log: TextIO | None = None,
+               timeout: int | None = 7200, threads: int | None = None, notebook: str | Path | None = None) -> Path:
     """Run the report on a data set and return the path of its HTML page, `out/NAME/report.html`; beside it the executed notebook, the tables
     (`tables/`, CSV and parquet), the numbers (`numbers.json`), the trained model (`model/`) and the measured features (`features/`), which a second run
-    with the same data and settings takes from there. `root` is the data root, `code` shows the code cells, `timeout` bounds each cell (seconds).
-    Raises `ReportError` when a step fails; the page then says so too."""
+    with the same data and settings takes from there. `root` is the data root, `code` shows the code cells, `log` is where progress is written (None: nowhere), `timeout` bounds each
+    cell (seconds), `threads` the processor cores. Raises `ReportError` when a step fails or runs past its time; the page then says so too."""
     check_before(spec, root)
     folder = Path(out).resolve() / spec.name
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -95,20 +116,17 @@ def run_report(spec: DatasetSpec, out: str | Path, root: str | Path | None = Non
     title = spec.title or spec.name
     source, done, page = Path(notebook or reports_folder() / "interpretation.ipynb"), folder / "interpretation.ipynb", folder / "report.html"
     parameters = {"spec": spec.model_dump(mode="json"), "out": str(folder), "root": str(root) if root else None}
-    with own_kernel() as kernel, open(os.devnull, "w") as devnull:
+    with own_kernel(threads) as kernel, open(os.devnull, "w") as devnull:
+        done.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(source, done, parameters, kernel_name=kernel, language="python", progress_bar=False, cwd=folder, execution_timeout=timeout,
-                                       stderr_file=sys.stderr if progress else devnull)
-        except PapermillExecutionError as e:
-            nb = nbformat.read(done, as_version=4)
-            nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
-            failed = next((i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", []))), 0)
-            step, ours = _step_of(nb, failed), e.ename == "PcimError"
-            reason = e.evalue if ours else f"unexpected {e.ename}: {e.evalue} (a fault of the program; the traceback is in {done})"
-            _write_page(_without_progress(nb), page, title, code)
-            raise ReportError(f"{spec.name}: stopped at step “{step}”: {reason}", page) from None
-        except Exception as e:  # the kernel died, or a cell ran past its time
-            raise ReportError(f"{spec.name}: stopped: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+                                       stderr_file=log or devnull)
+        except Exception as e:  # a cell failed; or it ran past its time, or the kernel died
+            nb = nbformat.read(done, as_version=4) if done.exists() else None
+            message = f"{spec.name}: " + (f"stopped at step “{_step_of(nb)}”: " if nb is not None else "stopped: ") + _reason(e, done, timeout)
+            if nb is not None: nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+            failure_page(page, title, message, nb, code)
+            raise ReportError(message, page) from None
     nb = _without_progress(nbformat.read(done, as_version=4))
     nbformat.write(nb, done)
     return _write_page(nb, page, title, code)

@@ -55,7 +55,7 @@ def test_ruff_is_clean():
     assert run.returncode == 0, run.stdout
 
 
-ORDER = "images simulate segment datasets classifiers attribution counterfactual masking metrics profiles linking plots page analysis report bench cli".split()
+ORDER = "images simulate segment datasets classifiers attribution counterfactual masking metrics profiles linking plots page analysis report overview batch bench cli".split()
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -122,4 +122,29 @@ all('table').forEach((table, i) => {
   const line = document.createElement('p'); line.className = 'tools'; line.append(button);
   table.parentElement.after(line);
 });
+
+/* ---- tables to sort and to search: a click on a heading sorts, a second one turns the order round ---- */
+all('table.sortable').forEach(table => {
+  const body = table.tBodies[0], heads = all('thead th', table);
+  const groups = () => {                                            // a row with the rows that belong to it
+    const out = [];
+    for (const row of body.rows) row.classList.contains('why') && out.length ? out[out.length - 1].push(row) : out.push([row]);
+    return out;
+  };
+  const key = (row, i) => row.cells[i].dataset.key;
+  heads.forEach((th, i) => th.querySelector('button').addEventListener('click', () => {
+    const numeric = th.classList.contains('num');
+    const way = th.getAttribute('aria-sort') === (numeric ? 'descending' : 'ascending') ? (numeric ? 1 : -1) : (numeric ? -1 : 1);
+    heads.forEach(h => h.removeAttribute('aria-sort'));
+    th.setAttribute('aria-sort', way > 0 ? 'ascending' : 'descending');
+    const sorted = groups().map(g => [key(g[0], i), g]);
+    sorted.sort(([a], [b]) => (a === '') - (b === '') || way * (numeric ? a - b : a.localeCompare(b)));   // what is missing stays last
+    sorted.forEach(([, g]) => g.forEach(r => body.append(r)));
+  }));
+  const search = document.querySelector(`input.search[aria-controls="${table.id}"]`);
+  if (search) search.addEventListener('input', () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    groups().forEach(g => { const text = g.map(r => r.textContent).join(' ').toLowerCase(); const hit = words.every(w => text.includes(w)); g.forEach(r => { r.hidden = !hit; }); });
+  });
+});
 })();
