@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .images import ImageSet, PcimError
 
 # %% auto #0
-__all__ = ['FAMILIES', 'DEFAULT_FAMILIES', 'JOINED', 'Feature', 'parse_feature', 'feature_columns', 'feature_table',
+__all__ = ['FAMILIES', 'DEFAULT_FAMILIES', 'JOINED', 'Feature', 'parse_feature', 'feature_columns', 'feature_table', 'parents',
            'measure_image', 'central_object', 'measure', 'clean', 'aggregate', 'normalise']
 
 # %% ../nbs/21_profiles.ipynb #cell-5
@@ -88,8 +88,8 @@ def feature_table(columns: Iterable[str], channels: Sequence[str] | None = None)
     return pd.DataFrame(rows, columns=["feature", "compartment", "family", "measurement", "channel", "channel_2"]).astype(object)
 
 # %% ../nbs/21_profiles.ipynb #cell-11
-FAMILIES = ("intensity", "texture", "granularity", "radial", "shape", "correlation", "zernike", "rwc", "costes", "radial_zernike")
-DEFAULT_FAMILIES = FAMILIES[:6]
+FAMILIES = ("intensity", "texture", "granularity", "radial", "shape", "correlation", "neighbours", "children", "zernike", "rwc", "costes", "radial_zernike")
+DEFAULT_FAMILIES = FAMILIES[:8]
 JOINED = ("Cells", "Nuclei", "Cytoplasm")  # compartments of one cell: the same id is the same cell
 _SHAPES = """Area BoundingBoxArea BoundingBoxMaximum_X BoundingBoxMaximum_Y BoundingBoxMinimum_X BoundingBoxMinimum_Y Center_X Center_Y Compactness ConvexArea Eccentricity
 EquivalentDiameter EulerNumber Extent FormFactor MajorAxisLength MaximumRadius MeanRadius MedianRadius MinorAxisLength Orientation Perimeter Solidity""".split()
@@ -102,10 +102,11 @@ def _functions() -> dict[str, Callable]:
     from cp_measure.core.numba._feret import get_feret
     from cp_measure.core.numba.measureobjectintensity import get_intensity
     from cp_measure.core.numba.measuretexture import get_texture
+    from cp_measure.multimask.measureobjectneighbors import measureobjectneighbors
     return {"intensity": partial(get_intensity, legacy=True), "texture": get_texture,
             "radial_zernike": get_radial_zernikes, "sizeshape": shape.get_sizeshape, "feret": get_feret, "zernike": shape.get_zernike,
             "pearson": coloc.get_correlation_pearson, "overlap": coloc.get_correlation_overlap, "manders": coloc.get_correlation_manders_fold,
-            "rwc": coloc.get_correlation_rwc, "costes": coloc.get_correlation_costes}
+            "rwc": coloc.get_correlation_rwc, "costes": coloc.get_correlation_costes, "neighbours": measureobjectneighbors}
 
 def _relabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Labels as 1..n without gaps, and the n original ids."
@@ -219,7 +220,26 @@ def _pairwise(func: Callable, a: np.ndarray, b: np.ndarray, labels: np.ndarray, 
         keys = next((list(s) for s in single if s), ["Correlation_Overlap", "Correlation_K_1", "Correlation_K_2"])
         return {k: np.array([s[k][0] if s else np.nan for s in single], float) for k in keys}
 
-def _features(F: dict[str, Callable], image: np.ndarray, lab: np.ndarray, comp: str, channels: Sequence[str], families: set[str], params: dict, granularity: list[_Arrays]) -> _Arrays:
+def _neighbours(measure: Callable, lab: np.ndarray) -> _Arrays:
+    "Neighbours of the objects 1..n by adjacent pixels. A distance to a neighbour that does not exist is NaN (CellProfiler writes 0)."
+    n = int(lab.max())
+    if n < 2:  # cp_measure has no answer for a lone object
+        none = {k: np.full(n, np.nan) for k in ("FirstClosestDistance_Adjacent", "SecondClosestDistance_Adjacent", "AngleBetweenNeighbors_Adjacent")}
+        return {"NumberOfNeighbors_Adjacent": np.zeros(n), **none, "PercentTouching_Adjacent": np.zeros(n)}
+    out = {k.removeprefix("Neighbors_"): np.asarray(v, float) for k, v in measure(lab, lab, distance_method="Adjacent").items() if "ObjectNumber" not in k}
+    return {k: np.full(n, np.nan) if n < 3 and k.startswith(("Second", "Angle")) else v for k, v in out.items()}
+
+def parents(children: np.ndarray, labels: np.ndarray) -> pd.Series:
+    """The object of `labels` (H×W) that each object of `children` (H×W) belongs to: the one that holds most of its pixels (the lowest number on a tie), 0 when none holds any. Indexed by the children's ids.
+    As CellProfiler's RelateObjects."""
+    both = (children > 0) & (labels > 0)
+    pair = pd.DataFrame({"child": children[both], "parent": labels[both]}).value_counts().reset_index(name="pixels")
+    best = pair.sort_values(["pixels", "parent"], ascending=[False, True], kind="stable").drop_duplicates("child").set_index("child").parent
+    ids = np.unique(children[children > 0])
+    return best.reindex(ids, fill_value=0).rename_axis("Metadata_ObjectNumber").astype(np.int64)
+
+def _features(F: dict[str, Callable], image: np.ndarray, lab: np.ndarray, comp: str, channels: Sequence[str], families: set[str], params: dict, granularity: list[_Arrays],
+              neighbours: _Arrays) -> _Arrays:
     "All features of the objects 1..n in `lab` (n ≥ 1), by CellProfiler's names, n values each."
     out: _Arrays = {}
     y, x = _box(lab)
@@ -231,6 +251,7 @@ def _features(F: dict[str, Callable], image: np.ndarray, lab: np.ndarray, comp: 
             if k in ("Center_Y", "BoundingBoxMinimum_Y", "BoundingBoxMaximum_Y"): s[k] = np.asarray(s[k]) + y.start
         out |= {f"{comp}_AreaShape_{k}": s[k] for k in (*_SHAPES, "MinFeretDiameter", "MaxFeretDiameter")}
     if "zernike" in families: out |= {f"{comp}_AreaShape_{k}": v for k, v in F["zernike"](lab, None, **params.get("zernike", {})).items()}
+    if "neighbours" in families and comp != "Cytoplasm": out |= {f"{comp}_Neighbors_{k}": v for k, v in neighbours.items()}
     rings = _rings(small, **params.get("radial", {})) if "radial" in families else None
     for c, ch in enumerate(channels):
         found: _Arrays = {}
@@ -256,45 +277,60 @@ def _features(F: dict[str, Callable], image: np.ndarray, lab: np.ndarray, comp: 
     return out
 
 def measure_image(image: np.ndarray, labels: dict[str, np.ndarray], channels: Sequence[str], families: Iterable[str] = DEFAULT_FAMILIES,
-                  params: dict[str, dict] | None = None) -> dict[str, pd.DataFrame]:
+                  params: dict[str, dict] | None = None, only: int | None = None) -> dict[str, pd.DataFrame]:
     """Features of one image (C×H×W in [0,1]) for each of its label images (`labels[compartment]` int H×W, 0 the background).
     Returns a DataFrame a compartment: a row an object, indexed by the object's id, columns as CellProfiler names them. Where a feature is not defined (texture of three
-    pixels) it is NaN. `params` passes keywords on to cp_measure's function of a family: `{'granularity': {'subsample_size': 0.5}}`."""
+    pixels) it is NaN. `params` passes keywords on to cp_measure's function of a family: `{'granularity': {'subsample_size': 0.5}}`.
+    `only`: measure the object of this id alone (in `Cells`, `Nuclei`, `Cytoplasm`, or else the first label image); the others count as its neighbours and children.
+    Objects that touch the border are measured as far as they are seen; one of a single pixel has size and intensity but no texture; an empty label image gives an empty table."""
     families, params, F = set(families), params or {}, _functions()
-    image = np.asarray(image, float)
-    clean = {k: _relabel(np.asarray(lab)) for k, lab in labels.items()}
+    image, everything = np.asarray(image, float), {k: np.asarray(lab) for k, lab in labels.items()}
+    labels = everything
+    if only is not None: labels = {k: np.where(everything[k] == only, only, 0) for k in [k for k in everything if k in JOINED] or list(everything)[:1]}
+    clean = {k: _relabel(lab) for k, lab in labels.items()}
     full = {k: lab for k, (lab, ids) in clean.items() if len(ids)}
     out = {}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # undefined values are reported as NaN, and counted by `measure`
         grains = _granularity(image, full, **params.get("granularity", {})) if "granularity" in families and full else {}
         for k, (lab, ids) in clean.items():
-            found = _features(F, image, lab, k, channels, families, params, grains.get(k, [])) if len(ids) else {}
-            values = np.array(list(found.values()), float).T if found else np.empty((0, 0))
+            near: _Arrays = {}
+            if "neighbours" in families and k != "Cytoplasm" and len(ids):
+                whole, whole_ids = (lab, ids) if only is None else _relabel(everything[k])
+                near = {n: v[np.isin(whole_ids, ids)] for n, v in _neighbours(F["neighbours"], whole).items()}
+            found = _features(F, image, lab, k, channels, families, params, grains.get(k, []), near) if len(ids) else {}
+            values = np.array(list(found.values()), float).T if found else np.empty((len(ids), 0))
             out[k] = pd.DataFrame(values, columns=list(found), index=pd.Index(ids, name="Metadata_ObjectNumber"))
+    if "children" in families:
+        for child in (k for k in everything if k not in JOINED):
+            for k in (k for k in JOINED if k in out):
+                up = parents(everything[child], everything[k])
+                out[k][f"{k}_Children_{child}_Count"] = up.value_counts().reindex(out[k].index, fill_value=0).astype(float)
+                if child in out: out[child][f"{child}_Parent_{k}"] = up.reindex(out[child].index).astype(float)
     return out
 
-# %% ../nbs/21_profiles.ipynb #cell-18
-_SCHEMA = 1  # part of the cache key: raise it when the values or names of a feature change
+# %% ../nbs/21_profiles.ipynb #cell-20
+_SCHEMA = 2  # part of the cache key: raise it when the values or names of a feature change
 
-def _rows(items: list[tuple[np.ndarray, dict[str, np.ndarray]]], channels: Sequence[str], families: Sequence[str], params: dict) -> pd.DataFrame:
+def _rows(items: list[tuple[np.ndarray, dict[str, np.ndarray], int | None]], channels: Sequence[str], families: Sequence[str], params: dict) -> pd.DataFrame:
     "The features of some images as one table; `Metadata_ImageIndex` counts within these."
     tables = []
-    for n, (image, labels) in enumerate(items):
-        found = measure_image(image, labels, channels, families, params)
+    for n, (image, labels, only) in enumerate(items):
+        found = measure_image(image, labels, channels, families, params, only)
         cell = [k for k in JOINED if k in found]
         sets = ([("Cell" if len(cell) > 1 else cell[0], cell)] if cell else []) + [(k, [k]) for k in found if k not in cell]
         for kind, parts in sets:
             t = pd.concat([found[k] for k in parts], axis=1).sort_index() if len(parts) > 1 else found[parts[0]]
             if len(t) == 0: continue
             rim = np.unique(np.concatenate([np.r_[labels[k][0], labels[k][-1], labels[k][:, 0], labels[k][:, -1]] for k in parts]))
-            head = {"Metadata_ImageIndex": n, "Metadata_Object": kind, "Metadata_ObjectNumber": t.index, "Metadata_TouchesBorder": np.isin(t.index, rim)}
+            head = {"Metadata_ImageIndex": n, "Metadata_Object": kind, "Metadata_ObjectNumber": np.asarray(t.index, np.int64), "Metadata_TouchesBorder": np.isin(t.index, rim)}
             tables.append(pd.concat([pd.DataFrame(head, index=t.index), t], axis=1))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"Metadata_ImageIndex": np.array([], int)})
 
 def _key(items: list, settings: str) -> str:
     h = hashlib.blake2b(settings.encode(), digest_size=16)
-    for image, labels in items:
+    for image, labels, only in items:
+        h.update(repr(only).encode())
         for name, a in (("image", image), *labels.items()):
             h.update(f"{name}{a.dtype.str}{a.shape}".encode())
             h.update(np.ascontiguousarray(a).view(np.uint8))
@@ -331,33 +367,36 @@ def _compartments(iset: ImageSet, compartments: Sequence[str] | None, center: bo
     cell = [k for k in JOINED if k in names]
     return (cell or names[:1]) if center else cell + [k for k in names if k not in cell]
 
-def measure(iset: ImageSet, idx: Sequence[int] | None = None, compartments: Sequence[str] | None = None, families: Sequence[str] = DEFAULT_FAMILIES,
+def measure(iset: ImageSet, idx: Sequence[int] | None = None, compartments: Sequence[str] | None = None, families: Sequence[str] | None = None,
             objects: str = "all", workers: int = 2, progress: bool = True, cache_dir: str | Path | None = None, params: dict[str, dict] | None = None) -> pd.DataFrame:
     """CellProfiler features of every object of `iset` (or of the images at `idx`): one row an object.
 
     Columns: `Metadata_ImageIndex` (position in `iset`), `Metadata_ImageId`, `Metadata_Object` (Cell, Worms, …), `Metadata_ObjectNumber`, `Metadata_TouchesBorder`,
-    `Metadata_Class`, `Metadata_Group`, `Metadata_Unit` and the columns of `iset.meta`; then the features. `compartments`: which of `iset.objects` (all). `families`: out of `FAMILIES`.
-    `objects='center'` measures one object an image (single-cell crops): the one that `Metadata_ObjectNumber` names, or else the one nearest to the centre.
+    `Metadata_Class`, `Metadata_Group`, `Metadata_Unit` and the columns of `iset.meta`; then the features. `compartments`: which of `iset.objects` (all). `families`: out of `FAMILIES`
+    (default: `DEFAULT_FAMILIES`). `objects='center'` measures one object an image (single-cell crops): the one that `Metadata_ObjectNumber` names, or else the one nearest to the centre; its neighbours are
+    then measured only when asked for, since a crop shows some of them and not others.
     `params`: see `measure_image`. The rows' order and values do not depend on `workers`. What was missing is told in `.attrs['notes']`.
     Raises `PcimError` when there are no label images, no object in any image, or an unknown compartment or family."""
+    if families is None: families = [f for f in DEFAULT_FAMILIES if objects == "all" or f != "neighbours"]
     unknown = [f for f in (*families, *(params or {})) if f not in FAMILIES]
     if unknown or not families: raise PcimError(f"unknown feature family {', '.join(map(repr, unknown)) or '(none given)'}; expected out of {', '.join(FAMILIES)}")
     if objects not in ("all", "center"): raise PcimError(f"objects={objects!r}; expected 'all' or 'center'")
     if len(set(iset.channels)) < len(iset.channels): raise PcimError(f"{iset.name}: channel names {', '.join(iset.channels)} are not unique, so features could not be named")
     center = objects == "center"
     names = _compartments(iset, compartments, center)
+    beside = [k for k in compartments or iset.objects if center and k not in JOINED and k not in names and "children" in families]
     index = np.arange(len(iset)) if idx is None else np.atleast_1d(np.asarray(idx, int))
     if len(index) == 0: raise PcimError(f"{iset.name}: no images to measure")
     numbers = iset.meta["Metadata_ObjectNumber"].to_numpy() if center and "Metadata_ObjectNumber" in iset.meta else None
 
     def load(i: int):
-        labels = {k: iset.label_image(k, i) for k in names}
+        labels = {k: iset.label_image(k, i) for k in [*names, *beside]}
         for k, lab in labels.items():
             if lab.min() < 0: raise PcimError(f"{iset.ids[i]}: label image {k} holds negative values; expected 0 for background and object numbers above")
-        if center:
-            one = central_object(labels) if numbers is None else int(numbers[i])
-            labels = {k: np.where(lab == one, lab, 0).astype(np.int32) for k, lab in labels.items()}
-        return iset.image(i), labels
+        only = None if not center else int(numbers[i]) if numbers is not None else central_object({k: labels[k] for k in names})
+        if only is not None and "neighbours" not in families:  # what else lies in the crop makes no difference, nor another entry in the cache
+            labels = {k: np.where(lab == only, lab, 0).astype(np.int32) if k in names else lab for k, lab in labels.items()}
+        return iset.image(i), labels, only
 
     families, params = [f for f in FAMILIES if f in families], params or {}
     size = max(1, min(16, 200_000 // (iset.shape[1] * iset.shape[2])))
@@ -428,7 +467,7 @@ def _notes(profiles: pd.DataFrame, index: np.ndarray, names: Sequence[str]) -> l
         if rim := int(t.Metadata_TouchesBorder.sum()): notes.append(f"{rim} of {len(t)} objects ({kind}) touch the image border.")
     return notes
 
-# %% ../nbs/21_profiles.ipynb #cell-32
+# %% ../nbs/21_profiles.ipynb #cell-34
 def clean(profiles: pd.DataFrame, max_missing: float = 0.1) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop features that are infinite or missing in more than `max_missing` of the objects that should have them, and constant ones.
     Returns the profiles without them, and a table `feature, reason` of what went."""

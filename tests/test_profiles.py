@@ -9,8 +9,11 @@ from scipy import ndimage
 
 from pcim_nb.datasets import data_root
 from pcim_nb.images import ImageSet, PcimError
+from pcim_nb import profiles
 from pcim_nb.profiles import (FAMILIES, _granularity, _relabel, _rings, aggregate, central_object, clean, feature_columns, feature_table, measure, measure_image, normalise,
-                              parse_feature)
+                              parents, parse_feature)
+from pcim_nb.segment import segmented
+from pcim_nb.simulate import simulate
 
 FAST = dict(workers=1, progress=False)
 
@@ -85,7 +88,7 @@ def test_every_name_is_parsed_and_has_one_place():
     t = feature_table(names, ["a b", "c_d", "Ω"])
     assert len(set(names)) == len(names) and set(t.compartment) == {"PLA_dots"} and "Other" not in set(t.family)
     assert set(t.channel.dropna()) == {"a b", "c_d", "Ω"} and (t[t.channel_2.notna()].family == "Correlation").all()
-    assert t[t.channel.isna()].family.unique().tolist() == ["AreaShape"]
+    assert set(t[t.channel.isna()].family) == {"AreaShape", "Neighbors"}
     sizes = t[t.channel_2.isna() & t.channel.notna()].groupby("channel").size()
     assert sizes.nunique() == 1
 
@@ -144,6 +147,79 @@ def test_the_cache_sees_every_change(tmp_path):
     assert entries(families=("shape",)) == 5 and entries(params={"granularity": {"subsample_size": 0.5}}) == 6
     assert entries(objects="center") == 7  # one object is left in the label image
     assert entries() == 7
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_run_computes_nothing(tmp_path, monkeypatch, workers):
+    parts = [scene(s, (96, 96)) for s in range(40)]
+    s = iset([p[0] for p in parts], {"Cells": np.stack([p[1] for p in parts])})
+    kw = dict(families=("intensity", "neighbours", "children"), progress=False, workers=workers, cache_dir=tmp_path)
+    first = measure(s, **kw)
+    def never(*a, **k): raise AssertionError("measured again")
+    for name in ("_rows", "measure_image"): monkeypatch.setattr(profiles, name, never)
+    pd.testing.assert_frame_equal(measure(s, **kw), first, check_exact=True)
+    s.images[7, 0, 3, 3] += 0.01
+    with pytest.raises(AssertionError, match="measured again"): measure(s, **(kw | {"workers": 1}))
+
+@pytest.mark.parametrize("seed", range(6))
+def test_neighbours_by_plain_loops(seed):
+    "Touching by dilation with a cross, distances between centres; ids with gaps; one, two or many objects."
+    rng = np.random.default_rng(seed)
+    n = [1, 2, 3, 8, 15, 30][seed]
+    seeds = np.zeros((60, 70), int)
+    seeds.ravel()[rng.choice(seeds.size, n, replace=False)] = rng.choice(np.arange(1, 200), n, replace=False)
+    _, at = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
+    labels = np.where(ndimage.distance_transform_edt(seeds == 0) < 9, seeds[tuple(at)], 0)
+    t = measure_image(np.zeros((1, 60, 70)), {"Cells": labels}, ["DNA"], ("neighbours",))["Cells"].rename(columns=lambda c: c.split("_")[2])
+    ids = t.index.to_numpy()
+    centre = np.array(ndimage.center_of_mass(labels > 0, labels, ids))
+    for k, i in enumerate(ids):
+        ring = labels[ndimage.binary_dilation(labels == i)]
+        assert t.NumberOfNeighbors[i] == len(set(ring) - {0, i})
+        d = np.sort(np.hypot(*(centre - centre[k]).T))[1:]
+        for name, j in (("FirstClosestDistance", 0), ("SecondClosestDistance", 1)):
+            assert np.isnan(t[name][i]) if j >= len(d) else t[name][i] == pytest.approx(d[j])
+        assert (t.PercentTouching[i] > 0) == (t.NumberOfNeighbors[i] > 0) and t.PercentTouching[i] <= 100
+
+def test_neighbours_and_children_of_one_object_see_the_others():
+    image, labels = scene(5)
+    dots = ndimage.label(image[0] > np.quantile(image[0], 0.97))[0].astype(np.int32)
+    field = iset([image], {"Cells": labels[None], "Nuclei": (labels * ndimage.binary_erosion(labels > 0, iterations=2))[None], "Dots": dots[None]})
+    kw = dict(families=("shape", "neighbours", "children"), **FAST)
+    whole, one = measure(field, **kw), measure(field, objects="center", **kw)
+    assert len(one) == 1 and "Dots_AreaShape_Area" not in one
+    same = whole[(whole.Metadata_Object == "Cell") & (whole.Metadata_ObjectNumber == one.Metadata_ObjectNumber[0])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(one, same[one.columns], rtol=1e-9)
+    assert whole.Cells_Children_Dots_Count.sum() == (whole.Dots_Parent_Cells > 0).sum() > 0
+    assert not any("Neighbors" in c for c in measure(field, objects="center", **FAST)) and any("Neighbors" in c for c in measure(field, **FAST))
+    assert not {c for c in feature_columns(whole) if "Parent" in c}
+
+def test_parents_by_a_plain_loop():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        cells, dots = (np.kron(rng.integers(0, 5, (6, 6)), np.ones((k, k), int)) for k in (4, 4))
+        dots = np.roll(ndimage.label(dots == 3)[0], 2, 1)
+        p = parents(dots, cells)
+        for d in p.index:
+            inside = cells[dots == d]
+            counts = np.bincount(inside[inside > 0], minlength=1)
+            assert p[d] == (counts.argmax() if counts.sum() else 0)
+    assert len(parents(np.zeros((4, 4), int), cells[:4, :4])) == 0
+
+def test_sets_without_label_images_are_segmented_and_measured():
+    demo = simulate(["er_intensity"], n_plates=1, wells_per_class=1, cells_per_well=2, seed=0)
+    bare = ImageSet(demo.load().numpy(), demo.channels, demo.labels, demo.classes, demo.meta, demo.group, demo.unit)
+    t = measure(segmented(bare, "DNA", "RNA", centred=True), objects="center", families=("shape", "intensity"), **FAST)
+    truth = measure(demo, objects="center", families=("shape",), **FAST)
+    assert len(t) == len(truth)
+    assert np.median(np.abs(t.Nuclei_AreaShape_Area / truth.Nuclei_AreaShape_Area - 1)) < 0.2
+
+def test_border_one_pixel_and_empty_images():
+    labels = np.zeros((3, 32, 32), np.int32)
+    labels[0, 0:6, 0:6], labels[0, 20, 20], labels[1, 4, 4] = 1, 2, 5
+    t = measure(iset(np.random.default_rng(0).random((3, 2, 32, 32)), {"Worms": labels}), families=FAMILIES, **FAST)
+    assert t.Metadata_TouchesBorder.tolist() == [True, False, False] and t.Worms_AreaShape_Area.tolist() == [36, 1, 1]
+    assert t.Worms_Intensity_MeanIntensity_DNA.notna().all() and t.Worms_Texture_Contrast_DNA_3_00_256.notna().tolist() == [True, False, False]
+    assert any("1 of 3 images hold no object" in n for n in t.attrs["notes"]) and any("1 of 3 objects (Worms) touch the image border" in n for n in t.attrs["notes"])
 
 def test_crops_measure_the_object_they_are_about():
     image, labels = scene(7, (160, 160), sigma=3)
