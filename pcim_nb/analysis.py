@@ -24,24 +24,30 @@ from torch import nn
 
 import pcim_nb
 from . import __version__
+from .association import AgreementScore, Association, Prediction, agreement_score, association, predict_score
 from .attribution import METHODS, make, make_baseline
+from .cellprofiler import is_cellprofiler, match, read_cellprofiler
 from .classifiers import Evaluation, Split, build, check_split, evaluate, load_weights, predict, save_classifier, split_by_column, split_groups, train
 from .counterfactual import Pairs, attribute_pairs, make_pairs
-from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, read_table, reports_folder
-from .images import ImageSet, PcimError
-from .linking import Agreement, BackgroundCheck, agreement, background_check, channel_table, differences
+from .cytominer import well_profiles
 from .dac import DacResult, dac
+from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, read_table, reports_folder
+from .enrichment import Enrichment, enrichment
+from .hybrids import Coherence, Comparison, area_shares, compare_scenarios, map_similarity
+from .images import ImageSet, PcimError
+from .linking import BackgroundCheck, channel_table, differences
 from .masking import SCENARIOS, rank_masks
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
+from .object_attribution import KEYS, attribution_by_object
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
 
 # %% auto #0
 __all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
            'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits',
-           'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares', 'link', 'percent',
-           'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise', 'provenance', 'command',
-           'as_yaml', 'with_channel', 'save_tables', 'plain']
+           'mask_options', 'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares',
+           'cell_table', 'link', 'percent', 'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise',
+           'treated_of', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables', 'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -214,30 +220,55 @@ def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarr
 # %% ../nbs/33_analysis.ipynb #cell-16
 @dataclass
 class Swapped:
-    "Pairs of images and counterfactuals, the maps between them, and the DAC results by scenario (`aggregate`, and `single_channel` where there are several stains)."
+    """Pairs of images and counterfactuals, the maps between them, and the DAC results: of the primary method and of `Random` with one mask for all stains, and of the primary method by scenario.
+    `compared`: scenarios with one curve side by side, with the coherence of their hybrids (None where fewer than 20 real images are at hand). `alike`: how alike the channels' maps are, a row a pair of channels; `areas`: each
+    channel's share of the masks as they grow; both empty for one channel. `notes`: what could not be done, and why."""
     pairs: Pairs
     maps: torch.Tensor
     results: dict[str, DacResult]
+    compared: Comparison | None = None
+    alike: pd.DataFrame = field(default_factory=pd.DataFrame)
+    areas: pd.DataFrame = field(default_factory=pd.DataFrame)
+    notes: list[str] = field(default_factory=list)
 
 def as_logits(model) -> object:
     "A module as it is; a user's callable as log-probabilities, whatever kind of scores it gives (softmax of them gives the probabilities back)."
     if isinstance(model, nn.Module): return model
     return lambda x: torch.from_numpy(np.log(np.maximum(predict(model, x), 1e-12))).float()
 
-def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bool = True) -> Swapped:
-    "DAC curves of the primary method and of a random control between the images `idx` and their counterfactuals."
-    m, scores = spec.masking, as_logits(model)
+def mask_options(m: Masking) -> dict:
+    "What `dac`, and the pictures of masks, are told of a dataset file's masking."
+    return {"steps": m.steps, "closing": m.closing, "blur": m.blur, "normalisation": m.normalisation}
+
+def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bool = True, real_images: int = 300) -> Swapped:
+    """DAC curves between the images `idx` and their counterfactuals, by scenario, with a random control. The coherence of hybrids is measured against up to `real_images` other images of the set,
+    drawn evenly over classes and units."""
+    m, scores, notes = spec.masking, as_logits(model), []
     pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed)
-    name = spec.attribution.primary
+    name, several = spec.attribution.primary, len(iset.channels) > 1
     maps = attribute_pairs(name, model, pairs, **spec.attribution.options.get(name, {}))
     same = (maps == 0).flatten(1).all(1).numpy()  # image and counterfactual do not differ for the classifier: nothing to rank
     pairs, maps = pairs.subset(~same), maps[torch.as_tensor(~same)]
     if len(pairs) == 0: raise PcimError("masking: the attribution between every image and its counterfactual is zero; nothing can be ranked")
-    given = {"channels": iset.channels, "steps": m.steps, "closing": m.closing, "blur": m.blur}
-    results = {name: dac(scores, pairs, maps, "aggregate", progress=progress, **given),
-               "Random": dac(scores, pairs, attribute_pairs("Random", model, pairs, seed=spec.seed), "aggregate", progress=progress, **given)}
-    if len(iset.channels) > 1: results["single_channel"] = dac(scores, pairs, maps, "single_channel", progress=progress, **given)
-    return Swapped(pairs, maps, results)
+    given = {"channels": iset.channels, "mode": m.mode, "direction": m.direction, "progress": progress, **mask_options(m)}
+    run = lambda a, scenario: dac(scores, pairs, a, scenario, **given)
+    one_curve = [k for k in m.scenarios if k != "single_channel" and (several or k not in ("joint", "per_channel"))]
+    others = np.setdiff1d(_spread(iset, -(-real_images // len(iset.classes)), spec.seed), pairs.index)
+    compared = None
+    try:
+        coherence = Coherence(iset.load(others), model, groups=iset.units[others], seed=spec.seed)
+        compared = compare_scenarios(scores, pairs, maps, coherence, ["aggregate", *(k for k in one_curve if k != "aggregate")], units=iset.units[pairs.index], seed=spec.seed, **given)
+        by_scenario = compared.results
+    except PcimError as e:
+        notes.append(f"How coherent hybrids are was not measured: {e}.")
+        by_scenario = {k: run(maps, k) for k in dict.fromkeys(["aggregate", *one_curve])}
+    results = {name: by_scenario["aggregate"], "Random": run(attribute_pairs("Random", model, pairs, seed=spec.seed), "aggregate"), **{k: r for k, r in by_scenario.items() if k != "aggregate"}}
+    alike = areas = pd.DataFrame()
+    if several:
+        if "single_channel" in m.scenarios: results["single_channel"] = run(maps, "single_channel")
+        alike = map_similarity(maps, iset.channels, seed=spec.seed)
+        areas = area_shares(maps, iset.channels, steps=m.steps, closing=m.closing, normalisation=m.normalisation)
+    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, alike, areas, notes)
 
 # %% ../nbs/33_analysis.ipynb #cell-17
 @dataclass
@@ -258,15 +289,21 @@ def hybrids(maps: torch.Tensor, image: torch.Tensor, counterfactual: torch.Tenso
 # %% ../nbs/33_analysis.ipynb #cell-19
 @dataclass
 class Linked:
-    """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature;
-    `tables`: for each contrast the channel table (attribution share beside features); `agreements`: for each contrast the rank correlation over channels;
-    `notes`: what could not be done, and why."""
+    """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature.
+    By contrast: `tables` (channels, attribution share beside features), `enriched` (in which channels the differences are concentrated) and `scores` (the agreement of both), for those contrasts that have enough wells.
+    `cells`: attribution shares, a row a measured object of the test images, with its features; `associated`: which features go with them; `predicted`: by contrast, how well one channel's features predict the classifier's score.
+    `well_profiles`: wells normalised to the control, selected features; None without a control. `notes`: what could not be done, and why."""
     profiles: pd.DataFrame
     dropped: pd.DataFrame
     units: pd.DataFrame
-    differences: pd.DataFrame
-    tables: dict[str, pd.DataFrame]
-    agreements: dict[str, Agreement]
+    differences: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    enriched: dict[str, Enrichment] = field(default_factory=dict)
+    scores: dict[str, AgreementScore] = field(default_factory=dict)
+    cells: pd.DataFrame = field(default_factory=pd.DataFrame)
+    associated: Association | None = None
+    predicted: dict[str, Prediction] = field(default_factory=dict)
+    well_profiles: pd.DataFrame | None = None
     notes: list[str] = field(default_factory=list)
 
 def _spread(iset: ImageSet, per_class: int | None, seed: int) -> np.ndarray:
@@ -275,10 +312,12 @@ def _spread(iset: ImageSet, per_class: int | None, seed: int) -> np.ndarray:
     return everything if per_class is None else np.sort(choose(iset, everything, np.ones(len(iset), bool), per_class, seed))
 
 def read_profiles(spec: DatasetSpec, iset: ImageSet, root=None) -> pd.DataFrame:
-    """The feature table that the dataset file names (CSV or parquet, CellProfiler's column names), with class and unit of each row found through the columns `on`.
+    """What CellProfiler wrote (a folder of its tables, its database, CytoTable's parquet), matched to images and objects; or a table (CSV or parquet, a row an object or a well) with class and unit of each row found through the columns `on`.
     Rows that belong to no unit of the image set are left out; `.attrs["notes"]` says how many. Raises `PcimError` when nothing matches."""
     p = spec.profiles
     path = find_path(p.table, spec.base, data_root(root), "profiles.table")
+    if is_cellprofiler(path) and (p.on is None or path.is_dir() or path.suffix.lower() not in (".csv", ".tsv", ".txt", ".parquet")):
+        return match(read_cellprofiler(path, objects=p.objects), iset, on=p.on)
     table = read_table(path)
     on = [metadata_name(c) for c in p.on or dict.fromkeys([iset.group, iset.unit])]
     for c in on:
@@ -294,13 +333,16 @@ def read_profiles(spec: DatasetSpec, iset: ImageSet, root=None) -> pd.DataFrame:
     out.attrs["notes"] = [f"{len(table) - len(out)} of {len(table)} rows of {path.name} belong to no image here and were left out."] if len(out) < len(table) else []
     return out
 
+def _centred(spec: DatasetSpec, iset: ImageSet) -> bool:
+    "Is each image one cell in the middle?"
+    return "Metadata_ObjectNumber" in iset.meta or isinstance(spec.images, SimulatedImages) or (spec.segment is not None and spec.segment.centred)
+
 def get_profiles(spec: DatasetSpec, iset: ImageSet, cache: Path, root=None, progress: bool = True) -> pd.DataFrame:
     "CellProfiler features, a row an object: measured on the label images, or read from the table that the dataset file names. Measurements are kept in `cache` by content."
     if spec.profiles.table: return read_profiles(spec, iset, root)
     if not iset.objects: raise PcimError(f"{spec.name}: no label images to measure features on; name objects or segment in the dataset file, or profiles.table")
     given = {} if spec.profiles.families is None else {"families": spec.profiles.families}
-    centred = "Metadata_ObjectNumber" in iset.meta or isinstance(spec.images, SimulatedImages) or (spec.segment is not None and spec.segment.centred)
-    return measure(iset, _spread(iset, spec.profiles.max_images, spec.seed), compartments=spec.profiles.compartments, objects="center" if centred else "all",
+    return measure(iset, _spread(iset, spec.profiles.max_images, spec.seed), compartments=spec.profiles.compartments, objects="center" if _centred(spec, iset) else "all",
                    workers=2, progress=progress, cache_dir=cache, **given)
 
 def primary_shares(spec: DatasetSpec, explained: Explained) -> pd.DataFrame:
@@ -309,24 +351,68 @@ def primary_shares(spec: DatasetSpec, explained: Explained) -> pd.DataFrame:
     wide = s[s.method == spec.attribution.primary].pivot(index=["image", "class", "unit"], columns="channel", values="share")
     return wide.dropna().reset_index().rename_axis(columns=None)
 
-def link(spec: DatasetSpec, iset: ImageSet, profiles: pd.DataFrame, explained: Explained) -> Linked:
-    "Which features differ between classes, channel by channel, beside where the attribution of the primary method lies."
+def _control(spec: DatasetSpec, iset: ImageSet) -> str | None: return iset.classes[0] if len(iset.classes) == 2 else spec.labels.control
+
+def cell_table(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, idx: np.ndarray, most: int = 400) -> pd.DataFrame:
+    """A row a measured object of (at most `most` of) the images `idx`: its attribution by channel and compartment (see `attribution_by_object`) and its features, joined by image and object. Empty when profiles are
+    not of objects in these images. Raises `PcimError` when the set has no label images."""
+    if not set(KEYS) <= set(profiles): return pd.DataFrame()
+    measured = np.intersect1d(idx, profiles.Metadata_ImageIndex.unique())
+    if len(measured) > most: measured = np.sort(choose(iset, measured, np.ones(len(measured), bool), -(-most // len(iset.classes)), spec.seed))
+    if not len(measured): return pd.DataFrame()
+    a, centred = spec.attribution, _centred(spec, iset)
+    maps = torch.cat([attributions(a.primary, model, iset, part, a.baseline, spec.seed, **a.options.get(a.primary, {})) for part in np.array_split(measured, -(-len(measured) // 64))])
+    shares = attribution_by_object(maps, iset, measured, spec.profiles.compartments, "center" if centred else "all")
+    kind = profiles.Metadata_Object.mode()[0]
+    out = shares[[c for c in shares if c in KEYS or not c.startswith("Metadata_")]].merge(profiles[profiles.Metadata_Object == kind], on=KEYS, how="inner")
+    out.attrs["notes"] = shares.attrs.get("notes", [])
+    return out
+
+def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, explained: Explained, split: Split, swapped: Swapped | None = None) -> Linked:
+    "Which features differ between classes, in which channels they are concentrated, and whether that is where the attribution of the primary method lies: between wells, and from cell to cell."
     notes = list(profiles.attrs.get("notes", []))
     profiles, dropped = clean(profiles)
-    units = aggregate(profiles)
-    plates = "Metadata_Group" if iset.unit != iset.group else None
-    empty = Linked(profiles, dropped, units, pd.DataFrame(), {}, {}, notes)
-    try: diffs = differences(units, plates=plates, control=iset.classes[0] if len(iset.classes) == 2 else spec.labels.control)
-    except PcimError as e: return replace(empty, notes=[*notes, f"No test of features between classes: {e}"])
-    control = iset.classes[0] if len(iset.classes) == 2 else spec.labels.control
-    shares, tables, agreements = primary_shares(spec, explained), {}, {}
-    for contrast in diffs.contrast.unique():
-        treated = contrast.removesuffix(f" vs {control or 'rest'}")
-        mine = shares if len(iset.classes) == 2 else shares[shares["class"] == treated]
-        if not len(mine): continue
-        tables[contrast] = channel_table(mine[iset.channels], diffs, iset.channels, units=mine["unit"].to_numpy(), contrast=contrast, seed=spec.seed)
-        agreements[contrast] = agreement(tables[contrast])
-    return Linked(profiles, dropped, units, diffs, tables, agreements, notes + list(diffs.attrs.get("notes", [])))
+    out = Linked(profiles, dropped, aggregate(profiles), notes=notes)
+    plates, control, primary = "Metadata_Group" if iset.unit != iset.group else None, _control(spec, iset), primary_shares(spec, explained)
+    def attempt(what, func, *args, **kw):
+        try: return func(*args, **kw)
+        except PcimError as e: notes.append(f"{what}: {e}.")
+    diffs = attempt("No test of features between classes", differences, out.units, plates=plates, control=control)
+    if diffs is None: return out
+    out.differences = diffs
+    notes += diffs.attrs.get("notes", [])
+    treatments = {c: c.removesuffix(f" vs {control or 'rest'}") for c in diffs.contrast.unique()}
+    for contrast, treated in treatments.items():
+        mine = primary if len(iset.classes) == 2 else primary[primary["class"] == treated]
+        if len(mine): out.tables[contrast] = channel_table(mine[iset.channels], diffs, iset.channels, units=mine["unit"].to_numpy(), contrast=contrast, seed=spec.seed)
+        if len(iset.channels) == 1: continue
+        found = attempt(f"{contrast}: no test of enrichment", enrichment, out.units, iset.channels, plates=plates, treated=treated, control=control, seed=spec.seed)
+        if found is None: continue
+        out.enriched[contrast] = found
+        if len(mine): out.scores[contrast] = attempt(f"{contrast}: no agreement score", agreement_score, found, mine[iset.channels], mine["unit"].to_numpy(), spec.seed)
+    out.scores = {k: v for k, v in out.scores.items() if v is not None}
+    cells = attempt("No attribution cell by cell", cell_table, spec, model, iset, profiles, split.test)
+    if cells is not None and len(cells):
+        out.cells = cells
+        notes += cells.attrs.get("notes", [])
+        if len(iset.channels) > 1:
+            shares = cells[[f"Attribution_Share_{c}" for c in iset.channels]].set_axis(iset.channels, axis=1)
+            features = cells[[c for c in cells if not c.startswith("Attribution_")]]
+            out.associated = attempt("No association from cell to cell", association, features, shares, iset.channels, seed=spec.seed)
+            logit = np.log(np.clip(predict(model, iset, cells.Metadata_ImageIndex.to_numpy(int)), 1e-6, None))
+            alone = swapped.results["single_channel"].scores if swapped is not None and "single_channel" in swapped.results else pd.DataFrame()
+            for contrast, treated in treatments.items():
+                t, c = iset.classes.index(treated), None if control is None else iset.classes.index(control)
+                rows = cells.Metadata_Class.isin([treated, control]).to_numpy() if control else np.ones(len(cells), bool)
+                score = logit[rows, t] - (logit[rows, c] if control else np.log(np.clip(1 - np.exp(logit[rows, t]), 1e-6, None)))
+                by_dac = alone[alone.label == t].groupby("channel")["dac"].mean() if len(alone) else None
+                mine = rows & (cells.Metadata_Class == treated).to_numpy()
+                got = attempt(f"{contrast}: the classifier's score was not predicted from features", predict_score, features[rows].reset_index(drop=True), score, iset.channels, shares=shares[mine], dac=by_dac, seed=spec.seed)
+                if got is not None: out.predicted[contrast] = got
+    if control is not None:
+        wells = attempt("No normalised well profiles", well_profiles, profiles[profiles.Metadata_Object == profiles.Metadata_Object.mode()[0]], control, plate="Metadata_Group")
+        if wells is not None: out.well_profiles = wells.selected
+    return out
 
 # %% ../nbs/33_analysis.ipynb #cell-21
 def percent(x: float) -> str:
@@ -399,6 +485,7 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             a, b = main.scores["dac"], control.scores["dac"]
             numbers["dac"] = {k: float(r.scores.loc[r.scores.channel == "all", "dac"].mean()) for k, r in swapped.results.items() if k != "single_channel"}
             numbers["dac_pairs"] = int(main.kept.sum())
+            if swapped.compared is not None: numbers["scenarios"] = swapped.compared.table.set_index("scenario")[["dac", "dac_low", "dac_high", "coherence", "minimal_mask"]].to_dict("index")
             if "single_channel" in swapped.results and len(swapped.results["single_channel"].scores):
                 numbers["dac_by_channel"] = swapped.results["single_channel"].scores.groupby("channel", sort=False)["dac"].mean().to_dict()
             if "dac_by_channel" in numbers and len(iset.classes) == 2:
@@ -409,6 +496,9 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             if verdict != "better than": wary.append("Masks from the attribution do no better than random ones: the ranking of pixels is not faithful to this classifier, or any part of the picture will do.")
         else: wary.append(main.summary())
         wary.append(f"Counterfactuals: {swapped.pairs.trust}")
+        wary += swapped.notes
+        if swapped.compared is not None and (worst := swapped.compared.table.set_index("scenario").coherence).min() < .1:
+            wary.append(f"Hybrids made with {' and '.join(worst.index[worst < .1])} masks seldom look like real images (coherence {worst.min():.2f}, where real ones have {swapped.compared.table.coherence_ends.mean():.2f}): the classifier is asked about pictures it never saw.")
     if linked is not None:
         if len(linked.differences):
             d = linked.differences
@@ -416,18 +506,20 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
             numbers["features"] = {"rows": len(linked.profiles), "units": len(linked.units), "tests": tested, "differ": differ}
             if tested: said.append(f"Of {d.feature.nunique():,} CellProfiler features, {d[d.q < .05].feature.nunique():,} differ between classes (unit: {word(iset.unit)}; {tested:,} tests, Benjamini–Hochberg q < 0.05).")
             else: said.append("Too few wells a class for a test of CellProfiler features; effect sizes are shown without p-values.")
-            same = [(c, t) for c, t in linked.tables.items() if len(iset.channels) > 1]
-            agree = {}
-            for c, t in same:
-                by = linked.agreements[c].evidence
-                own = t[t.channel.isin(iset.channels) & t[by].notna() & t.share.notna()]
-                if len(own): agree[c] = (own.channel[own.share.idxmax()], own.channel[own[by].astype(float).idxmax()])
-            numbers["top_channels"] = {c: {"attribution": a, "features": f} for c, (a, f) in agree.items()}
-            numbers["agreement"] = {c: {"rho": v.rho, "p": v.p, "channels": v.n_channels} for c, v in linked.agreements.items()}
-            if agree:
-                yes = [c for c, (a, f) in agree.items() if a == f]
-                no = [f"{c}: attribution {a}, features {f}" for c, (a, f) in agree.items() if a != f]
-                said.append(f"Attribution and CellProfiler features name the same channel first in {len(yes)} of {len(agree)} comparison{'s' if len(agree) > 1 else ''}" + (f"; they differ for {'; '.join(no)}." if no else "."))
+            if len(iset.channels) > 1:
+                top = {}
+                for c, t in linked.tables.items():
+                    own = t[t.channel.isin(iset.channels) & t.share.notna() & t.median_g.notna()]
+                    strongest = linked.enriched[c].table.set_index("group").excess.reindex(iset.channels) if c in linked.enriched else own.set_index("channel").median_g
+                    if len(own) and strongest.notna().any(): top[c] = {"attribution": own.channel[own.share.idxmax()], "features": strongest.idxmax()}
+                numbers["top_channels"] = top
+                numbers["enrichment"] = {c: {"links": list(e.links), "p": float(e.table.p_adjusted.min())} for c, e in linked.enriched.items()}
+                numbers["agreement"] = {c: {"status": v.status, "score": v.score, "low": v.low, "high": v.high, "p": v.p} for c, v in linked.scores.items()}
+                numbers["predicted"] = {c: p.table.set_index("channel").r2.to_dict() for c, p in linked.predicted.items()}
+                kinds = {k: [c for c, v in linked.scores.items() if v.status == k] for k in ("agree", "disagree", "shape", "no evidence", "undecided")}
+                words = {"agree": "agree on the channel", "disagree": "**disagree**", "shape": "cannot be compared by channel, as shape changes most", "no evidence": "cannot be compared, as no channel's features stand out", "undecided": "point the same way, but no better than chance"}
+                if len(linked.scores) == 1: said.append(next(iter(linked.scores.values())).sentence)
+                elif linked.scores: said.append("Attribution and CellProfiler features " + "; ".join(f"{words[k]} for {', '.join(treated_of(c) for c in v)}" for k, v in kinds.items() if v) + ".")
         wary += linked.notes
     if background is not None:
         numbers["background"] = {"auc": background.auc, "low": background.low, "high": background.high, "p": background.p, "predicts": bool(background.predicts)}
@@ -441,6 +533,10 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
     wary += [n[0].upper() + n[1:] + "." for n in (split.note, evaluation.note) if n]
     numbers["warnings"] = len(wary)
     return Summary(said, wary, numbers)
+
+def treated_of(contrast: str) -> str:
+    "The class that a contrast is about."
+    return contrast.rsplit(" vs ", 1)[0]
 
 def _plural(word: str, n: int) -> str: return word if n == 1 else word + "s"
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BASELINES', 'METHODS', 'gaussian_blur', 'make_baseline', 'undisturbed', 'MethodInfo', 'register', 'AttributionMethod',
            'Saliency', 'InputXGradient', 'IntegratedGradients', 'DeepLift', 'GuidedBackprop', 'last_conv', 'GradCAM',
-           'GuidedGradCAM', 'Occlusion', 'Residual', 'Random', 'make', 'contrast']
+           'GuidedGradCAM', 'Occlusion', 'Residual', 'Random', 'all_methods', 'make', 'contrast']
 
 # %% ../nbs/10_attribution.ipynb #cell-2
-import difflib, inspect, warnings, zlib
+import difflib, importlib, importlib.util, inspect, warnings, zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,16 +75,33 @@ def _check_scores(scores, n: int) -> Tensor:
     return s
 
 def _check_target(target, n: int, k: int, device) -> Tensor:
-    "`target` (None for one output, an int, or one int an image) as an int64 tensor of `n` below `k`, or a `PcimError`."
+    """`target` (None for one output, an int, one int an image, or a set of classes for multi-label scores) as int64 below `k`, or a `PcimError`.
+
+    Comes back with `n` entries, or `n×k` of bool where several classes are asked for: which of them belong to each image's set."""
     if target is None:
         if k != 1: raise PcimError(f"target: is missing, expected a class from 0 to {k - 1} or one an image")
         target = 0
+    if isinstance(target, tuple): target = [target] * n                     # a tuple: these classes together, for every image
+    if isinstance(target, list) and any(isinstance(v, (tuple, list)) for v in target): return _check_sets(target, n, k, device)
     try: t = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError): raise PcimError(f"target: found {type(target).__name__}, expected an int or one int an image") from None
     if t.is_floating_point() or t.dtype == torch.bool: raise PcimError(f"target: found {str(t.dtype).removeprefix('torch.')}, expected integer class indices")
+    if t.ndim == 2 and len(t) == n: return _check_sets(t.tolist(), n, k, device)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != n): raise PcimError(f"target: found shape {tuple(t.shape)}, expected one class or {n}, one an image")
     if ((t < 0) | (t >= k)).any(): raise PcimError(f"target: found class {int(t.min() if t.min() < 0 else t.max())}, expected 0 to {k - 1}: the classifier has {k} classes")
     return t.to(device=device, dtype=torch.int64).expand(n).clone()
+
+def _check_sets(sets: list, n: int, k: int, device) -> Tensor:
+    "Sets of classes, one an image, as `n×k` bool, or a `PcimError`."
+    if len(sets) != n: raise PcimError(f"target: found {len(sets)} sets of classes, expected {n}, one an image")
+    out = torch.zeros(n, k, dtype=torch.bool)
+    for i, v in enumerate(sets):
+        v = list(v) if isinstance(v, (tuple, list)) else [v]
+        if not v: raise PcimError(f"target: the set of image {i} is empty, expected at least one class")
+        if odd := [c for c in v if isinstance(c, (bool, float)) or not hasattr(c, '__index__')]: raise PcimError(f"target: found {odd[0]!r} in the set of image {i}, expected integer class indices")
+        if bad := [int(c) for c in v if not 0 <= int(c) < k]: raise PcimError(f"target: found class {bad[0]}, expected 0 to {k - 1}: the classifier has {k} classes")
+        out[i, [int(c) for c in v]] = True
+    return out.to(device)
 
 # %% ../nbs/10_attribution.ipynb #cell-13
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -106,6 +123,15 @@ def undisturbed(forward_func: Callable):
             for key in set(d) - before: del d[key]
 
 # %% ../nbs/10_attribution.ipynb #cell-16
+class _Together(nn.Module):
+    "`inner` with a column more for each row of `sets` (`U×K` bool): the mean score of its classes."
+    def __init__(self, inner: Callable, sets: Tensor):
+        super().__init__()
+        self.inner, self.sets = inner, sets.float() / sets.sum(1, keepdim=True)
+        self.training = getattr(inner, 'training', False)
+    def forward(self, x): s = torch.as_tensor(self.inner(x)); return torch.cat([s, s @ self.sets.T.to(s)], 1)
+
+# %% ../nbs/10_attribution.ipynb #cell-18
 @dataclass(frozen=True)
 class MethodInfo:
     "What there is to know of an attribution method before using it."
@@ -143,20 +169,30 @@ class AttributionMethod:
     def attribute(self, inputs: Tensor, target: int | Sequence | Tensor | None = None, baselines: float | Tensor | None = None) -> Tensor:
         """The map `N×C×H×W`, float32, on the device of `inputs`, without gradient.
 
-        `target`: the class whose score is explained, one for all or one an image. `baselines`: None (black), a number, or a tensor
+        `target`: the class whose score is explained, one for all or one an image; for multi-label scores a tuple of classes for all images, or a tuple an
+        image in a list, whose mean score is explained. `baselines`: None (black), a number, or a tensor
         `N×C×H×W` or `1×C×H×W`. Bad input, or a `forward_func` that doesn't do what the method needs, raises `PcimError`."""
         x = _check_inputs(inputs); b = _check_baselines(baselines, x)
         with undisturbed(self.forward_func):
-            t = _check_target(target, len(x), self._probe(x), x.device)
+            k = self._probe(x)
+            t, own = _check_target(target, len(x), k, x.device), self.forward_func
+            if t.ndim == 2: t, self.forward_func = self._together(t, k)
             try: maps = [self._maps(*part) for part in zip(*(v.split(self.batch_size) for v in (x, t, b)))]
             except PcimError: raise
             except (RuntimeError, AssertionError, ValueError, AttributeError, IndexError) as e:
                 raise PcimError(f"{self.info.name}: does not work on this model: {(str(e) or type(e).__name__).strip().splitlines()[0]}") from e
+            finally: self.forward_func = own
         out = torch.cat(maps).detach().to(x)
         if not torch.isfinite(out).all(): raise PcimError(f"{self.info.name}: gave NaN or infinite values on this model, expected finite ones")
         return out
 
     def _maps(self, x: Tensor, target: Tensor, baselines: Tensor) -> Tensor: raise NotImplementedError
+
+    def _together(self, sets: Tensor, k: int) -> tuple[Tensor, Callable]:
+        "Targets and model for sets of classes (`n×k` bool)."
+        unique, which = torch.unique(sets, dim=0, return_inverse=True)
+        together = _Together(self.forward_func, unique)
+        return k + which, together if isinstance(self.forward_func, nn.Module) else together.forward
 
     def _scores(self, x: Tensor) -> Tensor: return torch.as_tensor(self.forward_func(x)).to(x.device)
 
@@ -173,7 +209,7 @@ class AttributionMethod:
                 raise PcimError(f"{self.info.name}: forward_func gives no gradient with respect to the images; use a method without one (Occlusion) or a differentiable model")
         return s.shape[1]
 
-# %% ../nbs/10_attribution.ipynb #cell-18
+# %% ../nbs/10_attribution.ipynb #cell-20
 @register("How sensitive the score is to each pixel: the size of the gradient.", "Simonyan et al. 2013, arXiv 1312.6034")
 class Saliency(AttributionMethod):
     def _maps(self, x, target, baselines): return ca.Saliency(self.forward_func).attribute(x.clone().requires_grad_(), target=target)
@@ -211,11 +247,13 @@ class GuidedBackprop(AttributionMethod):
     def __init__(self, forward_func, batch_size: int = 16): super().__init__(forward_func, batch_size); _needs_relu(self)
     def _maps(self, x, target, baselines): return ca.GuidedBackprop(self.forward_func).attribute(x.clone().requires_grad_(), target=target)
 
-# %% ../nbs/10_attribution.ipynb #cell-20
+# %% ../nbs/10_attribution.ipynb #cell-22
 def last_conv(model: nn.Module, x: Tensor) -> nn.Module:
     """The layer for Grad-CAM: the one that the model itself names (attribute `gradcam_layer`), else the `nn.Conv2d` that comes last when `model` sees `x` and whose
     output is larger than one pixel. Raises `PcimError` if there is none."""
-    own = getattr(getattr(model, 'inner', model), 'gradcam_layer', None)
+    wrapped = model
+    while hasattr(wrapped, 'inner'): wrapped = wrapped.inner
+    own = getattr(wrapped, 'gradcam_layer', None)
     if isinstance(own, nn.Module): return own
     seen = []
     note = lambda m, _, out: seen.append(m) if out.shape[-2] * out.shape[-1] > 1 else None
@@ -252,7 +290,7 @@ class GuidedGradCAM(_CamMethod):
     def _maps(self, x, target, baselines):
         return ca.GuidedGradCam(self.forward_func, self._where(x)).attribute(x.clone().requires_grad_(), target=target, interpolate_mode='bilinear')
 
-# %% ../nbs/10_attribution.ipynb #cell-22
+# %% ../nbs/10_attribution.ipynb #cell-24
 @register("How much the score falls when a window of one stain is replaced by the baseline; needs only scores.", "Zeiler and Fergus 2013, arXiv 1311.2901",
           needs_gradient=False, uses_baseline=True)
 class Occlusion(AttributionMethod):
@@ -283,10 +321,16 @@ class Random(AttributionMethod):
         lo, hi = field.amin((1, 2, 3), keepdim=True), field.amax((1, 2, 3), keepdim=True)
         return ((field - lo) / (hi - lo).clamp(min=1e-12)).to(x)
 
-# %% ../nbs/10_attribution.ipynb #cell-24
+# %% ../nbs/10_attribution.ipynb #cell-26
+def all_methods() -> dict[str, MethodInfo]:
+    "`METHODS`, complete: PCIM and its relatives have modules of their own, which are imported now."
+    for module in ('pcim', 'blackbox'):
+        if importlib.util.find_spec(f'pcim_nb.{module}'): importlib.import_module(f'pcim_nb.{module}')
+    return METHODS
+
 def make(name: str, forward_func: Callable, **options) -> AttributionMethod:
     "The method called `name` in `METHODS`, on `forward_func`. An unknown name or option raises `PcimError` and says what there is."
-    if name not in METHODS:
+    if name not in METHODS and name not in all_methods():
         near = difflib.get_close_matches(str(name).lower().replace('-', ''), [m.lower() for m in METHODS], 1, .6)
         hint = f" Did you mean '{next(m for m in METHODS if m.lower() == near[0])}'?" if near else ''
         raise PcimError(f"method: '{name}' is not known; expected one of {', '.join(METHODS)}.{hint}")
@@ -294,7 +338,7 @@ def make(name: str, forward_func: Callable, **options) -> AttributionMethod:
     if unknown := [o for o in options if o not in known]: raise PcimError(f"{name}: has no option '{unknown[0]}'; it has {', '.join(known)}")
     return METHODS[name].make(forward_func, **options)
 
-# %% ../nbs/10_attribution.ipynb #cell-36
+# %% ../nbs/10_attribution.ipynb #cell-38
 class _Contrast(nn.Module):
     def __init__(self, inner: nn.Module, other: int): super().__init__(); self.inner, self.other = inner, other
     def forward(self, x): s = self.inner(x); return s - s[:, self.other:self.other + 1]

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__
+from .backbones import BACKBONES
 from .images import ImageSet, PcimError
 
 # %% auto #0
@@ -220,7 +221,7 @@ def gradcam_layer(model: nn.Module) -> nn.Module | None:
     return next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Conv2d)), None)
 
 # %% ../nbs/03_classifiers.ipynb #cell-19
-ARCHITECTURES: dict[str, Callable] = {"small_cnn": SmallCNN}
+ARCHITECTURES: dict[str, Callable] = {"small_cnn": SmallCNN, **BACKBONES}
 
 def _factory(name: str) -> Callable:
     "The constructor of that name in `ARCHITECTURES`, or the object at an import path `package.module:factory`."
@@ -255,7 +256,8 @@ def build(name: str, n_channels: int, n_classes: int, seed: int = 0, **options) 
     if not callable(model): raise PcimError(f"model: {name} returned {type(model).__name__}; expected a torch module or a callable from N×C×H×W to N×K scores")
     if isinstance(model, nn.Module):
         model = model.to(memory_format=torch.channels_last)
-        model.built_as = {"architecture": name, "n_channels": n_channels, "n_classes": n_classes, "options": options}
+        kept = {k: v for k, v in options.items() if k not in getattr(model, "used_once", ())}   # a file of published weights is not needed again
+        model.built_as = {"architecture": name, "n_channels": n_channels, "n_classes": n_classes, "options": kept}
     return model
 
 # %% ../nbs/03_classifiers.ipynb #cell-26

@@ -165,20 +165,26 @@ class Attributions(_Section):
         return self
 
 class Masking(_Section):
-    "The swap between an image and its counterfactual: where the counterfactual comes from, and how masks are made."
+    """The swap between an image and its counterfactual: where the counterfactual comes from, in which `scenarios` it is swapped, and how masks are made (see `pcim_nb.masking` and `pcim_nb.dac`;
+    the smoothing is argued for in `pcim_nb.hybrids`)."""
     counterfactual: Literal["exact", "nearest", "blur"] = "nearest"
-    steps: int = Field(60, ge=5, le=2000)
-    closing: int = Field(10, ge=0)
-    blur: int = Field(11, ge=0)
+    scenarios: list[Literal["aggregate", "joint", "per_channel", "coherent", "single_channel"]] = Field(["aggregate", "joint", "per_channel", "coherent", "single_channel"], min_length=1)
+    direction: Literal["to_image", "to_counterfactual"] = "to_image"
+    mode: Literal["exact", "adaptive"] = "adaptive"
+    normalisation: Literal["clamp", "minmax"] = "clamp"
+    steps: int = Field(200, ge=5, le=2000)
+    closing: int = Field(5, ge=0)
+    blur: int = Field(5, ge=0)
     images_per_class: int = Field(8, ge=1)
 
 class Profiles(_Section):
-    """CellProfiler features: measured on the label images (`families`, in `compartments`), or read from `table` (CSV or parquet, a row an object or
-    a well, CellProfiler's column names) whose columns `on` say which unit a row belongs to."""
+    """CellProfiler features: measured on the label images (`families`, in `compartments`), or read from `table`: what CellProfiler wrote (a folder of spreadsheets, where `objects` maps an object's name to its files
+    if they don't say it; a database; CytoTable's parquet), or a CSV or parquet table with a row an object or a well. The columns `on` say which image or unit a row belongs to."""
     measure: bool = True
     families: list[str] | None = None
     compartments: list[str] | None = None
     table: str | None = None
+    objects: dict[str, str] | None = None
     on: list[str] | None = None
     max_images: int | None = Field(None, ge=1, description="measure at most so many images a class, drawn evenly over units")
 

@@ -21,8 +21,9 @@ from .metrics import bootstrap_interval
 from .profiles import feature_columns, feature_table
 
 # %% auto #0
-__all__ = ['MIN_UNITS', 'PAIRS', 'NO_CHANNEL', 'KINDS', 'differences', 'channel_table', 'Agreement', 'agreement',
-           'BackgroundCheck', 'background_mask', 'background_features', 'background_check']
+__all__ = ['MIN_UNITS', 'PAIRS', 'NO_CHANNEL', 'KINDS', 'differences', 'cell_differences', 'dose_scores', 'trends',
+           'channel_table', 'Agreement', 'agreement', 'BackgroundCheck', 'background_mask', 'background_features',
+           'background_check']
 
 # %% ../nbs/22_linking.ipynb #cell-5
 MIN_UNITS = 3  # wells a class below which no p-value is given
@@ -127,6 +128,124 @@ def differences(unit_profiles: pd.DataFrame, labels: str | Sequence = "Metadata_
     return out
 
 # %% ../nbs/22_linking.ipynb #cell-18
+def cell_differences(profiles: pd.DataFrame, labels: str | Sequence = "Metadata_Class", plates: str | Sequence | None = None, control: str | None = None, units: str | Sequence = "Metadata_Unit") -> pd.DataFrame:
+    """`differences` with every cell as an observation of its own, and what that ignores.
+
+    `profiles`: one row a cell; `units`: the well (patient) of each. The columns of `differences`, and `icc` (share of the variance within a class that lies between wells, 0 to 1) and `design_effect`
+    (by which the variance of a class mean is underestimated). `.attrs['ignores']` says in one sentence what the p-values leave out; every row's `note` says that cells were counted.
+    Raises what `differences` raises."""
+    u, y = _codes(_given(profiles, units, "units")), _given(profiles, labels, "labels")
+    out = differences(profiles, labels, plates, control)
+    cols = feature_columns(profiles)
+    x = profiles[cols].to_numpy(float)
+    x = np.where(np.isfinite(x), x, np.nan)
+    cls, block = _codes(y), _codes([f"{a}|{b}" for a, b in zip(y, u)])
+    of_block = np.zeros(block.max() + 1, int)
+    of_block[block] = cls
+    def sums(code): return np.stack([np.bincount(code, np.nan_to_num(c), code.max() + 1) for c in x.T], 1), np.stack([np.bincount(code, ~np.isnan(c), code.max() + 1) for c in x.T], 1)
+    with np.errstate(all="ignore"):
+        (sb, nb), (sc, nc) = sums(block), sums(cls)
+        mb, mc = sb / nb, sc / nc
+        between = np.nansum(nb * (mb - mc[of_block]) ** 2, 0)
+        within = np.nansum((x - mb[block]) ** 2, 0)
+        a, n, k = (nb > 0).sum(0), nb.sum(0), (nc > 0).sum(0)
+        m = (n - np.stack([np.bincount(of_block, c) for c in (nb ** 2).T], 1).__truediv__(np.maximum(nc, 1)).sum(0)) / (a - k)  # mean number of cells a well, corrected for wells of different size
+        msb, msw = between / (a - k), within / (n - a)
+        icc = np.where((a > k) & (n > a), (msb - msw) / (msb + (m - 1) * msw), np.nan)
+    icc = np.clip(icc, 0, 1)
+    deff = 1 + (np.nan_to_num(m, nan=1) - 1) * icc
+    n_wells, n_cells = block.max() + 1, len(x)
+    out["icc"], out["design_effect"] = np.resize(icc, len(out)), np.resize(deff, len(out))
+    out["note"] = "cells counted as independent observations"
+    typical = float(np.nanmedian(deff)) if np.isfinite(deff).any() else np.nan
+    ignores = (f"{n_cells} cells of {n_wells} wells were counted as independent observations: what cells of a well share is ignored"
+               + (f" (in the median feature the variance of a class mean is {typical:.1f} times as large as assumed)" if np.isfinite(typical) else " (and cannot be estimated from one well a class)")
+               + ", so p-values and intervals say how sure the means of these very wells are, and nothing about other wells.")
+    out.attrs |= {"ignores": ignores, "notes": [*out.attrs["notes"], ignores], "method": out.attrs["method"].replace("between units", "between cells").replace("of units", "of cells")}
+    return out
+
+# %% ../nbs/22_linking.ipynb #cell-21
+def dose_scores(dose: Sequence, levels: Sequence | None = None) -> np.ndarray:
+    """Doses as steps 0, 1, 2… in their order: of numbers by size, of words by `levels`, lowest first. Raises `PcimError` for a value that is not in `levels`, words without `levels`, or fewer than three steps
+    (two classes are compared by `differences`)."""
+    values = pd.Series(list(dose))
+    if levels is None:
+        number = pd.to_numeric(values, errors="coerce")
+        if number.isna().any(): raise PcimError(f"dose: {values[number.isna()].iloc[0]!r} is not a number; expected numbers, or `levels` in their order")
+        levels = sorted(number.unique())
+        values = number
+    unknown = set(values) - set(levels)
+    if unknown: raise PcimError(f"dose: {sorted(map(str, unknown))[0]!r} is none of the levels {', '.join(map(str, levels))}")
+    used = [l for l in levels if (values == l).any()]
+    if len(used) < 3: raise PcimError(f"dose: {len(used)} levels ({', '.join(map(str, used))}); expected at least 3 for a trend, two are compared by `differences`")
+    return values.map({l: i for i, l in enumerate(used)}).to_numpy(float)
+
+def _center(m: np.ndarray, plate: np.ndarray) -> np.ndarray:
+    "Columns of `m` (n×k) without their plate means; `plate`: codes 0, 1, …"
+    return m - np.stack([np.bincount(plate, c) for c in m.T], 1)[plate] / np.bincount(plate)[plate, None]
+
+def _plate_ranks(x: np.ndarray, plate: np.ndarray) -> np.ndarray:
+    "Each column of `x` (n×k) as ranks within the plate (codes)."
+    out = np.empty(x.shape)
+    for k in np.unique(plate): out[plate == k] = stats.rankdata(x[plate == k], axis=0)
+    return out
+
+def trends(unit_profiles: pd.DataFrame, dose: str | Sequence, plates: str | Sequence | None = None, levels: Sequence | None = None, ranks: bool = True) -> pd.DataFrame:
+    """Features that go with a dose, with the unit (well, patient) as the observation.
+
+    `dose`: of each unit, a column name or values (see `dose_scores`); `plates`: to compare within plates (or patients, genotypes). Returns a row a feature: `feature, contrast, n`, `slope` (the feature's units a
+    step), `r` (partial correlation with the dose, of ranks within the plate unless `ranks=False`), `r_low, r_high` (95 %, Fisher's z), `g` (change from lowest to highest dose in residual standard
+    deviations, Hedges' correction), `t, df, p, q` (Benjamini–Hochberg), `note`. Features missing in a unit are tested on the other units. Without 3 degrees of freedom there is no p; with ranks, p is never below 2 over the number of ways to order the doses within plates.
+    Raises `PcimError` for doses that are no trend, for no feature, and where no plate holds two doses."""
+    given = _given(unit_profiles, dose, "dose") if isinstance(dose, str) and dose not in unit_profiles else np.asarray(unit_profiles[dose] if isinstance(dose, str) else dose)
+    if len(given) != len(unit_profiles): raise PcimError(f"dose: {len(given)} values for {len(unit_profiles)} units")
+    y = dose_scores(given, levels)
+    cols = feature_columns(unit_profiles)
+    if not cols: raise PcimError("the unit table holds no features, only metadata")
+    plate = np.zeros(len(y), int) if plates is None else _codes(_given(unit_profiles, plates, "plates"))
+    if all(np.ptp(y[plate == k]) == 0 for k in range(plate.max() + 1)): raise PcimError("plates: no plate holds two doses, so dose and plate cannot be told apart")
+    x = unit_profiles[cols].to_numpy(float)
+    x = np.where(np.isfinite(x), x, np.nan)
+    out = pd.DataFrame({"feature": cols, "contrast": "trend over dose", "n": 0, **dict.fromkeys(("slope", "r", "r_low", "r_high", "g", "t", "df", "p", "q"), np.nan), "note": ""})
+    pattern, which = np.unique(np.isnan(x).T, axis=0, return_inverse=True)
+    notes = []
+    for k, lack in enumerate(pattern):
+        at, rows = np.flatnonzero(which.ravel() == k), ~lack
+        out.loc[at, "n"] = int(rows.sum())
+        code = _codes(plate[rows]) if rows.any() else np.zeros(0, int)
+        df = int(rows.sum()) - (code.max() + 1 if len(code) else 0) - 1
+        z = _center(y[rows, None], code)[:, 0] if rows.any() else np.zeros(0)
+        if df < 1 or not z.any():
+            out.loc[at, "note"] = "not measured in enough units"
+            continue
+        raw, v = x[np.ix_(rows, at)], z @ z
+        values = _plate_ranks(raw, code) if ranks else raw
+        with np.errstate(all="ignore"):
+            cv, cr = _center(values, code), _center(raw, code)
+            ss = (cv ** 2).sum(0)
+            r = np.where(ss > 1e-20 * np.maximum((values ** 2).sum(0), 1e-300), z @ cv / np.sqrt(v * ss), np.nan).clip(-1, 1)
+            slope = z @ cr / v
+            sd = np.sqrt(((cr - z[:, None] * slope) ** 2).sum(0) / df)
+            t = r * np.sqrt(df / np.maximum(1 - r ** 2, 1e-12))
+            half = 1.959964 / math.sqrt(df - 1) if df > 1 else np.nan
+            j = math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2) if df > 1 else np.nan
+            found = {"slope": slope, "r": r, "r_low": np.tanh(np.arctanh(r * (1 - 1e-12)) - half), "r_high": np.tanh(np.arctanh(r * (1 - 1e-12)) + half), "t": t, "df": np.full(len(at), float(df)),
+                     "g": np.where(sd > 1e-12 * np.abs(raw).max(0), slope * np.ptp(y) / sd * j, np.nan), "p": 2 * special.stdtr(df, -np.abs(t))}
+        if ranks:  # the dose can be ordered in so many ways only: a perfect order of few wells is no proof beyond that
+            ways = math.exp(sum(math.lgamma(n + 1) - sum(math.lgamma(m + 1) for m in np.unique(y[rows][code == q], return_counts=True)[1]) for q, n in enumerate(np.bincount(code))))
+            found["p"] = np.maximum(found["p"], min(2 / ways, 1))
+        note = "" if df >= 3 else f"{int(rows.sum())} units: too few for a p-value"
+        if note: found["p"] = np.full(len(at), np.nan)
+        for q, a in found.items(): out.loc[at, q] = np.where(np.isfinite(r), a, np.nan)
+        out.loc[at, "note"] = note
+        if note and note not in notes: notes.append(note)
+    tested = out.p.notna()
+    if tested.any(): out.loc[tested, "q"] = stats.false_discovery_control(out.p[tested])
+    out.attrs = {"n_tests": int(tested.sum()), "correction": "Benjamini–Hochberg", "notes": notes,
+                 "method": ("rank correlation" if ranks else "linear trend") + " of units with the steps of the dose" + ("" if plates is None else ", within plates")}
+    return out
+
+# %% ../nbs/22_linking.ipynb #cell-24
 PAIRS, NO_CHANNEL = "channel pairs", "no channel (shape)"
 
 def channel_table(shares: np.ndarray | pd.DataFrame, diffs: pd.DataFrame, channels: Sequence[str], units: Sequence | None = None, contrast: str | None = None,
@@ -159,7 +278,7 @@ def channel_table(shares: np.ndarray | pd.DataFrame, diffs: pd.DataFrame, channe
     out.attrs = {"alpha": alpha, "channels": list(channels), "n_units": len(by_unit), **{k: diffs.attrs[k] for k in ("n_tests", "correction", "method", "notes") if k in diffs.attrs}}
     return out
 
-# %% ../nbs/22_linking.ipynb #cell-23
+# %% ../nbs/22_linking.ipynb #cell-29
 @dataclass(frozen=True)
 class Agreement:
     "Rank correlation between attribution share and feature evidence over channels. `rho` and `p` are NaN where they mean nothing; `sentence` says it in words."
@@ -194,7 +313,7 @@ def agreement(table: pd.DataFrame, evidence: str | None = None) -> Agreement:
     weak = "" if not (t.differ.fillna(0) == 0).all() else " No single feature of a channel differs significantly, so the features' order may be chance."
     return Agreement(rho, p, n, evidence, f"Attribution and features: {same} (rank correlation {rho:.2f} over {n} channels, p = {p:.2g}).{small}{weak}")
 
-# %% ../nbs/22_linking.ipynb #cell-26
+# %% ../nbs/22_linking.ipynb #cell-32
 _QUANTILES, _GRID = (0.05, 0.25, 0.5, 0.75, 0.95), 4
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from pcim_nb.images import ImageSet, PcimError
-from pcim_nb.linking import MIN_UNITS, NO_CHANNEL, PAIRS, agreement, background_check, background_features, background_mask, channel_table, differences
+from pcim_nb.linking import MIN_UNITS, NO_CHANNEL, PAIRS, agreement, background_check, background_features, background_mask, cell_differences, channel_table, differences, dose_scores, trends
 from pcim_nb.simulate import simulate
 
 def table(seed=0, n=24, p=12, classes="AB", plates=3):
@@ -169,3 +169,50 @@ def test_simulated_shortcuts_are_seen():
     kw = dict(n_plates=3, wells_per_class=3, cells_per_well=3, seed=3)
     assert background_check(simulate(["mito_texture", "agp_granules"], shortcut="corner", **kw), n_permutations=60).predicts
     assert not background_check(simulate(["mito_texture", "agp_granules"], **kw), n_permutations=60).predicts
+
+def cells_of_wells(seed, n_wells=12, m=20, icc=0.3, p=40):
+    rng = np.random.default_rng(seed)
+    x = np.repeat(np.sqrt(icc) * rng.normal(size=(n_wells, p)), m, 0) + np.sqrt(1 - icc) * rng.normal(size=(n_wells * m, p))
+    return pd.DataFrame(x, columns=[f"Cells_Intensity_F{i}_DNA" for i in range(p)]).assign(Metadata_Unit=np.repeat(np.arange(n_wells), m).astype(str), Metadata_Class=np.repeat(np.tile(["A", "B"], n_wells // 2), m))
+
+def test_counting_cells_says_what_it_ignores():
+    runs = [cell_differences(cells_of_wells(k)) for k in range(20)]
+    icc, deff = np.mean([r.icc.mean() for r in runs]), np.mean([r.design_effect.mean() for r in runs])
+    assert icc == pytest.approx(.3, abs=.05) and deff == pytest.approx(1 + 19 * .3, rel=.15)
+    assert np.mean([(r.p < .05).mean() for r in runs]) > .2  # the reason for the warning: nothing differs here
+    assert all("240 cells of 12 wells" in r.attrs["ignores"] and r.attrs["ignores"] in r.attrs["notes"] and r.note.eq("cells counted as independent observations").all() for r in runs)
+    pd.testing.assert_frame_equal(runs[0][NUMBERS], differences(cells_of_wells(0))[NUMBERS])
+    one = cell_differences(cells_of_wells(0)[lambda t: t.Metadata_Unit.isin(["0", "1"])])
+    assert one.icc.isna().all() and "cannot be estimated" in one.attrs["ignores"]
+    with pytest.raises(PcimError, match="no column 'Metadata_Unit'"): cell_differences(cells_of_wells(0).drop(columns="Metadata_Unit"))
+
+def test_trends_are_those_of_a_plain_loop_and_hold_their_level():
+    rng = np.random.default_rng(0)
+    dose, plate = np.tile(np.repeat([0, 1, 10], 3), 3), np.repeat([0, 1, 2], 9)
+    x = rng.normal(size=(27, 300)) + 5 * rng.normal(size=(3, 300))[plate]
+    x[4, 7] = np.nan
+    t = trends(pd.DataFrame(x, columns=[f"Cells_Intensity_F{i}_DNA" for i in range(300)]), dose, plate)
+    for f in (0, 7):
+        ok = np.isfinite(x[:, f])
+        ranks = np.concatenate([stats.rankdata(x[ok & (plate == q), f]) for q in range(3)])
+        steps, code = np.searchsorted([.5, 5], dose[ok]).astype(float), plate[ok]
+        def within(v, code=code): return v - np.array([v[code == q].mean() for q in range(3)])[code]
+        r = np.corrcoef(within(ranks), within(steps))[0, 1]
+        assert t.r[f] == pytest.approx(r) and t.df[f] == ok.sum() - 4 and t.n[f] == ok.sum()
+        assert t.p[f] == pytest.approx(2 * stats.t.sf(abs(r) * np.sqrt(t.df[f] / (1 - r * r)), t.df[f]))
+    assert stats.kstest(t.p, "uniform").statistic < .09 and not (t.q < .05).any() and ((t.r_low <= t.r) & (t.r <= t.r_high)).all()
+    y = rng.normal(size=(27, 1)) * .3 + np.searchsorted([.5, 5], dose)[:, None] * 2 + 100 * plate[:, None]
+    up = trends(pd.DataFrame(y, columns=["Cells_Intensity_M_DNA"]), dose, plate)
+    assert up.p[0] < 1e-6 and up.slope[0] == pytest.approx(2, abs=.2) and up.g[0] > 5
+    assert trends(pd.DataFrame(-y, columns=["Cells_Intensity_M_DNA"]), dose, plate).r[0] == pytest.approx(-up.r[0])
+
+def test_doses_that_are_no_trend_are_refused():
+    t = table(n=24)
+    assert dose_scores(["lo", "hi", "mid"], ["lo", "mid", "hi"]).tolist() == [0, 2, 1] and dose_scores([10, .1, 1, 10]).tolist() == [2, 0, 1, 2]
+    for dose, kw, message in (([1, 2] * 12, {}, "at least 3"), (list("abc") * 8, {}, "not a number"), (list("abc") * 8, {"levels": ["a", "b"]}, "none of the levels"), ([1, 2, 3], {}, "3 values for 24"),
+                              (np.repeat([1, 2, 3], 8), {"plates": np.repeat([1, 2, 3], 8)}, "cannot be told apart"), ("Metadata_Dose", {}, "Metadata_Dose")):
+        with pytest.raises(PcimError, match=message): trends(t, dose, **kw)
+    few = trends(t[:5], [1, 2, 3, 4, 5], np.array([0, 0, 0, 1, 1]))
+    assert few.p.isna().all() and few.r.notna().all() and few.attrs["notes"]
+    flat = trends(t.assign(Cells_Intensity_Flat_DNA=1., Cells_Intensity_Never_DNA=np.nan), np.tile([1, 2, 3], 8)).set_index("feature")
+    assert flat.loc[["Cells_Intensity_Flat_DNA", "Cells_Intensity_Never_DNA"], ["r", "p"]].isna().all().all()

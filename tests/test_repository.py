@@ -55,7 +55,7 @@ def test_ruff_is_clean():
     assert run.returncode == 0, run.stdout
 
 
-ORDER = "images simulate segment datasets classifiers attribution counterfactual masking metrics profiles linking plots page analysis report overview batch bench cli".split()
+ORDER = "images simulate segment datasets backbones classifiers attribution pcim blackbox amortised counterfactual masking metrics dac hybrids fidelity profiles cellprofiler cytominer object_attribution linking enrichment association plots mask_plots link_plots page analysis report overview batch bench cli".split()
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -1,0 +1,201 @@
+"PCIM's three solvers: against plain loops and other programs, with hostile input, and the memory that they need."
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from pcim_nb.amortised import AmortisedPCIM, MixingNetwork, load_mixing, rank_votes, save_mixing, train_mixing
+from pcim_nb.attribution import METHODS, all_methods, contrast, make
+from pcim_nb.blackbox import BlackBoxPCIM
+from pcim_nb.images import PcimError
+from pcim_nb.pcim import PCIM, area_path, mix, project
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Spot(nn.Module):
+    "Scores: brightness of the left half in channel 0, of the right half in channel 1, and their sum."
+    def __init__(self): super().__init__(); self.gain = nn.Parameter(torch.tensor(4.0))
+    def forward(self, x):
+        h = x.shape[-1] // 2
+        a, b = x[:, 0, :, :h].mean((1, 2)), x[:, 1, :, h:].mean((1, 2))
+        return self.gain * torch.stack([a, b, a + b], 1)
+
+
+def images(n=3, size=32, channels=2, seed=0): return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_mixture_is_the_sum_over_isolated_pixels(channels):
+    x, b = images(1, 5, channels), images(1, 5, channels, 1)
+    alpha = images(1, 5, channels, 2)
+    total = b.clone()
+    for c in range(channels):
+        for i in range(5):
+            for j in range(5):
+                keep = torch.zeros_like(x)
+                keep[0, c, i, j] = 1
+                total = total + alpha[0, c, i, j] * (torch.where(keep > 0, x, b) - b)
+    assert torch.allclose(mix(x, b, alpha), total, atol=1e-6)
+
+
+def test_weights_keep_the_area_and_the_order():
+    theta = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0)) * 20
+    for area in (0.9, 0.3, 0.004):
+        w = project(theta, area)
+        assert torch.allclose(w.mean((1, 2, 3)), torch.full((2,), area), rtol=1e-3)
+        assert ((w.flatten(1)[:, 1:] >= w.flatten(1)[:, :-1]) | (theta.flatten(1)[:, 1:] < theta.flatten(1)[:, :-1])).all()
+
+
+@pytest.mark.parametrize("solver", [lambda f: PCIM(f, "channel_pixel"), lambda f: BlackBoxPCIM(f, "channel_pixel", budget=800)])
+def test_map_points_to_channel_and_half_of_the_target(solver):
+    x = images() + 0.5
+    for target, channel, left in ((0, 0, True), (1, 1, False)):
+        a = solver(Spot()).attribute(x, target, 0.0).clamp(min=0)
+        half = a[:, channel, :, :16] if left else a[:, channel, :, 16:]
+        assert (half.sum((1, 2)) / a.sum((1, 2, 3)) > 0.9).all()
+
+
+def test_multi_label_target_is_the_mean_of_its_classes():
+    x = images() + 0.5
+    pair = PCIM(Spot(), "channel_pixel").attribute(x, (0, 1))
+    total = PCIM(Spot(), "channel_pixel").attribute(x, 2)     # the same score, but twice as large
+    assert torch.allclose(2 * pair, total, rtol=1e-3, atol=1e-5 * total.abs().max())
+    assert torch.equal(PCIM(Spot(), "channel_pixel").attribute(x, [(0, 1), (1,), (0,)])[0], pair[0])
+    assert torch.allclose(PCIM(Spot()).attribute(x, [(1,)] * 3), PCIM(Spot()).attribute(x, 1), atol=1e-6)
+
+
+def test_weights_agree_with_the_order_of_a_linear_classifier():
+    w = torch.randn(1, 2, 10, 10, generator=torch.Generator().manual_seed(3))
+    f = lambda z: (z * w).sum((1, 2, 3))[:, None]
+    x, b = images(4, 10), images(4, 10, seed=5)
+    method = PCIM(f, "channel_pixel", scales=(1,))
+    method.attribute(x, 0, b)
+    for i in range(4): assert spearmanr(method.last_run.weights[i].flatten(), (w[0] * (x - b)[i]).flatten())[0] > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_unit_of_the_scores_does_not_matter(scale):
+    x, net = images() + 0.5, Spot()
+    ref = PCIM(net).attribute(x, 0, 0.0)
+    a = PCIM(lambda z: scale * net(z)).attribute(x, 0, 0.0)
+    assert torch.allclose(a / scale, ref, rtol=1e-2, atol=1e-4 * ref.abs().max())
+
+
+def test_contrast_and_odd_shapes():
+    x = images(2, 32)[:, :, :19, :]
+    for g in ("pixel", "channel_pixel", "channel"):
+        a = make("PCIM", contrast(Spot(), 1), granularity=g, steps=12).attribute(x, 0, "no" if False else 0.5)
+        assert a.shape == x.shape and torch.isfinite(a).all()
+    assert PCIM(Spot(), steps=8).attribute(images(1, 2), 0).shape == (1, 2, 2, 2)        # smaller than every block
+
+
+def test_image_that_equals_its_baseline_has_no_map():
+    x = images()
+    method = PCIM(Spot())
+    assert not method.attribute(x, 0, x).any() and not method.last_run.converged.any()
+
+
+def test_a_model_in_training_mode_comes_back_so():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for method in (PCIM(net, steps=8), BlackBoxPCIM(net, budget=100)):
+        a = method.attribute(images(), 1, 0.0)
+        assert torch.equal(a, method.attribute(images(), 1, 0.0))
+    assert net.training and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items()) and all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("budget", [100, 333, 1000])
+def test_budget_is_never_exceeded(budget):
+    asked = []
+    def f(a):
+        asked.append(len(a))
+        return np.asarray(a).mean((2, 3)).astype(np.float32)
+    method = BlackBoxPCIM(f, budget=budget, as_numpy=True)
+    method.attribute(images(1), 0, 0.0)
+    assert sum(asked) == method.last_run.passes <= budget and sum(asked) > 0.5 * budget
+
+
+def test_registry_names_the_solvers():
+    assert {"PCIM", "BlackBoxPCIM"} <= set(all_methods()) and all_methods() is METHODS
+    with pytest.raises(PcimError, match="Did you mean 'PCIM'"): make("pcim2", Spot())
+
+
+@pytest.mark.parametrize(("text", "call"), [
+    ("target: is missing", lambda: PCIM(Spot()).attribute(images())),
+    ("target: found class 3", lambda: PCIM(Spot()).attribute(images(), (0, 3))),
+    ("inputs: image 0 holds NaN", lambda: PCIM(Spot()).attribute(images() * float("nan"), 0)),
+    ("baselines: found shape", lambda: PCIM(Spot()).attribute(images(), 0, images(3, 16))),
+    ("expected a callable", lambda: PCIM(None)),
+    ("returned tuple", lambda: PCIM(lambda z: (z, z)).attribute(images(), 0)),
+    ("gives no gradient", lambda: PCIM(lambda z: z.detach().mean((2, 3))).attribute(images(), 0)),
+    ("returned NaN", lambda: BlackBoxPCIM(lambda z: z.mean((2, 3)) * float("nan"), budget=100).attribute(images(), 0)),
+    ("budget: found -5", lambda: BlackBoxPCIM(Spot(), budget=-5)),
+    ("budget: found 2000.5", lambda: BlackBoxPCIM(Spot(), budget=2000.5)),
+    ("expected a MixingNetwork", lambda: AmortisedPCIM(Spot())),
+    ("found 2 channels, expected 3", lambda: AmortisedPCIM(MixingNetwork(3, 2)).attribute(images(), 0)),
+    ("found class 2, expected 0 to 1", lambda: AmortisedPCIM(MixingNetwork(2, 2)).attribute(images(), 2)),
+    ("labels: found 3 labels from 0 to 2", lambda: train_mixing(MixingNetwork(2, 2), Spot(), images(), [0, 1, 2], progress=False)),
+    ("weights: no file", lambda: load_mixing("nowhere.safetensors")),
+])
+def test_bad_input_is_one_clear_sentence(text, call):
+    with pytest.raises(PcimError) as e: call()
+    assert text in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rank_votes_are_those_of_the_0_1_masks():
+    path = area_path(20, 0, (0.5, 0.01), 10**9)
+    theta = torch.randn(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    votes = rank_votes(theta, path)
+    rank = theta.flatten(1).argsort(1, descending=True).argsort(1)
+    plain = sum((((rank + 0.5) / 1600 < a).float() - a) / (a * (1 - a)) ** 0.5 for a in path.tolist()) / 20
+    assert (votes.flatten(1) - plain).abs().max() < 0.6 / 20 / (0.01 * 0.99) ** 0.5       # half a mask's step
+    assert torch.equal(votes.flatten(1).argsort(1), theta.flatten(1).argsort(1)) and len(votes[0].unique()) == 1600
+
+
+def test_mixing_network_learns_saves_and_is_the_same_again(tmp_path):
+    x, y = images(16) * 0.2 + 0.5, np.arange(16) % 2
+    nets = []
+    for _ in range(2):
+        net = MixingNetwork(2, 3, "channel_pixel", width=6, depth=2)
+        train_mixing(net, Spot(), x, y, "zeros", iterations=60, seed=1, progress=False)
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values()))
+    new = images(4, seed=9) * 0.2 + 0.5
+    a = AmortisedPCIM(nets[0]).attribute(new, 0, 0.0).clamp(min=0)
+    assert (a[:, 0].sum((1, 2)) / a.sum((1, 2, 3)) > 0.9).all()
+    save_mixing(nets[0], tmp_path / "größe.safetensors")
+    again = AmortisedPCIM(load_mixing(tmp_path / "größe.safetensors"))
+    assert torch.equal(again.attribute(new, 0, 0.0).clamp(min=0), a)
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(PcimError, match="bad.safetensors"): load_mixing(tmp_path / "bad.safetensors")
+
+
+MEMORY = """
+import resource, torch, warnings
+torch.set_num_threads(1); warnings.simplefilter('ignore')
+from pcim_nb.pcim import PCIM
+f = lambda z: z.mean((2, 3))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+x = torch.rand(1, 5, 1080, 1080)
+PCIM(f, 'channel_pixel', steps=7).attribute(x[..., :100, :100], 0, 0.); start = peak()
+PCIM(f, 'channel_pixel', steps=7).attribute(x, 0, 0.); print(peak() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read from the resource module, which Windows lacks")
+def test_memory_of_a_large_image():
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 2000 / (1 if sys.platform != "darwin" else 1 / 1024)
