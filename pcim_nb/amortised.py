@@ -131,7 +131,7 @@ def train_mixing(network: MixingNetwork, classifier: nn.Module, images: Callable
     asked_for = [(p, p.requires_grad) for p in classifier.parameters()]
     optimizer = torch.optim.AdamW([{'params': network.parameters(), 'lr': lr}, *([{'params': classifier.parameters(), 'lr': lr / 10}] if jointly else [])], weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group['lr'] for group in optimizer.param_groups], total_steps=iterations + 1, pct_start=.1)
-    rows = []
+    rows, change = [], None
     network.train()
     try:
         for p, _ in asked_for: p.requires_grad_(jointly)
@@ -152,7 +152,7 @@ def train_mixing(network: MixingNetwork, classifier: nn.Module, images: Callable
                 free = weights.detach() * (1 - weights.detach())                                     # the area is kept: what one weight gains, the others lose
                 uphill = uphill - (free * uphill).sum((1, 2, 3), keepdim=True) / free.sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
                 with torch.no_grad(): low, high = _score(classifier, b, t), _score(classifier, x, t)
-                change = .9 * change + .1 * (high - low).abs().mean() if rows else (high - low).abs().mean()
+                change = (high - low).abs().mean() if change is None else .9 * change + .1 * (high - low).abs().mean()
                 loss = -(weights * uphill).sum((1, 2, 3)).mean() / change.clamp(min=1e-6)
                 if jointly: loss = loss + F.cross_entropy(classifier(x), t) + F.cross_entropy(classifier(mix(x, b, seen.detach())), t)
                 if not torch.isfinite(loss): raise PcimError(f"training: the loss became {loss.item()} in iteration {len(rows) + 1}; expected a finite number: lower lr (it was {lr:g}) or check the images for NaN")

@@ -25,7 +25,7 @@ from torch import nn
 import pcim_nb
 from . import __version__
 from .association import AgreementScore, Association, Prediction, agreement_score, association, predict_score
-from .attribution import METHODS, make, make_baseline
+from .attribution import METHODS, all_methods, make, make_baseline
 from .cellprofiler import is_cellprofiler, match, read_cellprofiler
 from .classifiers import Evaluation, Split, build, check_split, evaluate, load_weights, predict, save_classifier, split_by_column, split_groups, train
 from .counterfactual import Pairs, attribute_pairs, make_pairs
@@ -58,9 +58,9 @@ def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
 def check_spec(spec: DatasetSpec, iset: ImageSet) -> None:
     "Raises `PcimError` for methods, arguments or choices that this data set or this version cannot serve."
     for m in spec.attribution.methods:
-        if m not in METHODS: raise PcimError(f"attribution.methods: unknown method {m!r}; expected one of {', '.join(METHODS)}")
+        if m not in all_methods(): raise PcimError(f"attribution.methods: unknown method {m!r}; expected one of {', '.join(METHODS)}")
     for m in spec.attribution.options:
-        if m not in METHODS: raise PcimError(f"attribution.options: unknown method {m!r}; expected one of {', '.join(METHODS)}")
+        if m not in all_methods(): raise PcimError(f"attribution.options: unknown method {m!r}; expected one of {', '.join(METHODS)}")
     if not METHODS[spec.attribution.primary].channel_resolved and len(iset.channels) > 1:
         raise PcimError(f"attribution.primary: {spec.attribution.primary} gives all channels the same map; expected a method that tells channels apart")
     for where, kind in (("attribution.baseline", spec.attribution.baseline), ("masking.counterfactual", spec.masking.counterfactual)):

@@ -228,7 +228,10 @@ def predict_score(profiles: pd.DataFrame, score: Sequence[float], channels: Sequ
     def rho(c): return float(stats.spearmanr(own.r2, own[c]).statistic) if c in own and own[c].notna().sum() >= 3 and own[c].nunique() > 1 else np.nan
     best = own.loc[own.r2.idxmax()] if len(own) else None
     if best is None: said = "No feature belongs to a channel, so no channel's features can predict the score."
-    elif best.r2 <= 0 or best.p >= .05: said = f"The features of no single channel predict the classifier's score on {split_by}s not learned from (best: {best.channel}, R² {best.r2:.2f})."
+    elif best.r2 <= 0: said = f"The features of no single channel predict the classifier's score on {split_by}s not learned from (best: {best.channel}, R² {best.r2:.2f})."
+    elif best.p >= .05:
+        few = f"; with {code.max() + 1} units little else could be seen" if code.max() < 6 else ""
+        said = f"The features of {best.channel} predict the classifier's score best (R² {best.r2:.2f} on {split_by}s not learned from), but scores shuffled over units do so too often to call it more than chance (p = {best.p:.2g}{few})."
     else:
         said = f"The features of {best.channel} alone predict the classifier's score best (R² {best.r2:.2f}, 95 % interval {best.low:.2f} to {best.high:.2f}, on {split_by}s not learned from)"
         others = [(what, own.loc[own[c].idxmax(), "channel"], rho(c)) for c, what in (("share", "attribution share"), ("dac", "single-channel DAC")) if c in own and own[c].notna().any()]

@@ -8,7 +8,8 @@ __all__ = ['BASELINES', 'METHODS', 'gaussian_blur', 'make_baseline', 'undisturbe
            'GuidedGradCAM', 'Occlusion', 'Residual', 'Random', 'all_methods', 'make', 'contrast']
 
 # %% ../nbs/10_attribution.ipynb #cell-2
-import difflib, importlib, importlib.util, inspect, warnings, zlib
+import difflib, inspect, warnings, zlib
+from importlib.metadata import entry_points
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -323,9 +324,12 @@ class Random(AttributionMethod):
 
 # %% ../nbs/10_attribution.ipynb #cell-26
 def all_methods() -> dict[str, MethodInfo]:
-    "`METHODS`, complete: PCIM and its relatives have modules of their own, which are imported now."
-    for module in ('pcim', 'blackbox'):
-        if importlib.util.find_spec(f'pcim_nb.{module}'): importlib.import_module(f'pcim_nb.{module}')
+    """`METHODS`, complete: with those that live in modules of their own, here or in other packages, which announce them as entry points of the group `pcim_nb.methods`.
+    One that cannot be imported is left out with a warning."""
+    for e in entry_points(group='pcim_nb.methods'):
+        if e.name in METHODS: continue
+        try: e.load()
+        except Exception as why: warnings.warn(f"method {e.name} of {e.value} was left out: {type(why).__name__}: {why}", stacklevel=2)
     return METHODS
 
 def make(name: str, forward_func: Callable, **options) -> AttributionMethod:

@@ -186,7 +186,7 @@ def map_similarity(attributions: Tensor, channels: Sequence[str], top: float = .
             gram[none[:, i]] = np.nan; gram[:, none[:, j]] = np.nan
             ok = ~np.isnan(np.diag(gram))
             own, apart = np.nanmean(np.diag(gram)) if ok.any() else np.nan, gram[~np.eye(n, dtype=bool)]
-            null = np.array([np.nanmean(gram[np.arange(n), q]) for q in perms]) if ok.sum() >= 4 else np.array([])
+            null = np.array([np.nanmean(g) for q in perms if np.isfinite(g := gram[np.arange(n), q]).any()]) if ok.sum() >= 4 else np.array([])
             row += [own, np.nanmean(apart) if np.isfinite(apart).any() else np.nan, (1 + (null >= own - 1e-12).sum()) / (1 + len(null)) if len(null) else np.nan]
         rows.append(row)
     return pd.DataFrame(rows, columns=['channel', 'other', 'rho', 'rho_other', 'p_rho', 'overlap', 'overlap_other', 'p_overlap'])

@@ -97,7 +97,7 @@ def test_the_unit_of_the_scores_does_not_matter(scale):
 def test_contrast_and_odd_shapes():
     x = images(2, 32)[:, :, :19, :]
     for g in ("pixel", "channel_pixel", "channel"):
-        a = make("PCIM", contrast(Spot(), 1), granularity=g, steps=12).attribute(x, 0, "no" if False else 0.5)
+        a = make("PCIM", contrast(Spot(), 1), granularity=g, steps=12).attribute(x, 0, 0.5)
         assert a.shape == x.shape and torch.isfinite(a).all()
     assert PCIM(Spot(), steps=8).attribute(images(1, 2), 0).shape == (1, 2, 2, 2)        # smaller than every block
 
