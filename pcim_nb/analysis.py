@@ -161,6 +161,7 @@ def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: 
     """Maps n×C×H×W of the images `idx` towards their own class. `baseline`: `zeros`, `mean` (of each channel) or `blur`; `nearest` and `exact` explain the
     difference to a counterfactual instead, the nearest one on the same plate where there is one."""
     if method == "Random": options = {"seed": seed, **options}
+    if method == "PCIM": options = {"granularity": "channel_pixel", **options}  # a map for each stain
     if baseline in ("nearest", "exact"): return attribute_pairs(method, model, make_pairs(iset, idx, baseline, seed=seed), **options)
     x = iset.load(idx)
     return make(method, model, **options).attribute(x, torch.as_tensor(iset.labels[idx]), make_baseline(baseline, x))

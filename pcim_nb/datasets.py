@@ -152,7 +152,7 @@ class Model(_Section):
 
 class Attributions(_Section):
     "Which methods, from which baseline, for how many images of each class; `primary` is the one whose shares the report puts beside the features."
-    methods: list[str] = Field(["DeepLift", "IntegratedGradients", "Occlusion", "Residual", "Random"], min_length=1)
+    methods: list[str] = Field(["DeepLift", "IntegratedGradients", "PCIM", "Occlusion", "Residual", "Random"], min_length=1)
     primary: str | None = None
     baseline: Literal["zeros", "mean", "blur", "nearest", "exact"] = "blur"
     images_per_class: int = Field(16, ge=1)
