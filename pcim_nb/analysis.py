@@ -35,10 +35,10 @@ from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_pat
 from .enrichment import Enrichment, enrichment
 from .hybrids import Coherence, Comparison, area_shares, compare_scenarios, map_similarity
 from .images import ImageSet, PcimError
-from .linking import BackgroundCheck, channel_table, differences
+from .linking import BackgroundCheck, cell_differences, channel_table, differences, trends
 from .masking import SCENARIOS, rank_masks
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
-from .object_attribution import KEYS, attribution_by_object
+from .object_attribution import KEYS, attribution_by_object, mask_by_object
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .simulate import PHENOTYPES
 
@@ -70,6 +70,7 @@ def check_spec(spec: DatasetSpec, iset: ImageSet) -> None:
     if unknown: raise PcimError(f"profiles.families: unknown family {unknown[0]!r}; expected some of {', '.join(FAMILIES)}")
     for k in spec.profiles.compartments or []:
         if k not in iset.objects: raise PcimError(f"profiles.compartments: no objects {k!r}; found {', '.join(iset.objects) or 'none'}")
+    if spec.profiles.dose and metadata_name(spec.profiles.dose) not in iset.meta: raise PcimError(f"profiles.dose: no column {spec.profiles.dose!r}; found {', '.join(iset.meta.columns)}")
     control = spec.labels.control
     if control is not None and control != iset.classes[0]: raise PcimError(f"labels.control: {control!r}; expected the first class ({iset.classes[0]})")
 
@@ -223,11 +224,12 @@ def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarr
 class Swapped:
     """Pairs of images and counterfactuals, the maps between them, and the DAC results: of the primary method and of `Random` with one mask for all stains, and of the primary method by scenario.
     `compared`: scenarios with one curve side by side, with the coherence of their hybrids (None where fewer than 20 real images are at hand). `alike`: how alike the channels' maps are, a row a pair of channels; `areas`: each
-    channel's share of the masks as they grow; both empty for one channel. `notes`: what could not be done, and why."""
+    channel's share of the masks as they grow; both empty for one channel. `by_cell`: what the minimal masks change in each object, empty without label images. `notes`: what could not be done, and why."""
     pairs: Pairs
     maps: torch.Tensor
     results: dict[str, DacResult]
     compared: Comparison | None = None
+    by_cell: pd.DataFrame = field(default_factory=pd.DataFrame)
     alike: pd.DataFrame = field(default_factory=pd.DataFrame)
     areas: pd.DataFrame = field(default_factory=pd.DataFrame)
     notes: list[str] = field(default_factory=list)
@@ -269,7 +271,11 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
         if "single_channel" in m.scenarios: results["single_channel"] = run(maps, "single_channel")
         alike = map_similarity(maps, iset.channels, seed=spec.seed)
         areas = area_shares(maps, iset.channels, steps=m.steps, closing=m.closing, normalisation=m.normalisation)
-    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, alike, areas, notes)
+    by_cell = pd.DataFrame()
+    if iset.objects and results[name].scores.minimal_step.notna().any():
+        try: by_cell = mask_by_object(results[name], pairs, maps, iset, spec.profiles.compartments, "center" if _centred(spec, iset) else "all", m.closing, m.blur, m.normalisation)
+        except PcimError as e: notes.append(f"Minimal masks were not shared out over objects: {e}.")
+    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, by_cell, alike, areas, notes)
 
 # %% ../nbs/33_analysis.ipynb #cell-17
 @dataclass
@@ -293,6 +299,7 @@ class Linked:
     """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature.
     By contrast: `tables` (channels, attribution share beside features), `enriched` (in which channels the differences are concentrated) and `scores` (the agreement of both), for those contrasts that have enough wells.
     `cells`: attribution shares, a row a measured object of the test images, with its features; `associated`: which features go with them; `predicted`: by contrast, how well one channel's features predict the classifier's score.
+    `cell_level`: differences with cells as observations, only where wells are too few for a test; `trend`, `dose`: features that follow the dose, and in which channels they are concentrated (where the dataset file names a dose).
     `well_profiles`: wells normalised to the control, selected features; None without a control. `notes`: what could not be done, and why."""
     profiles: pd.DataFrame
     dropped: pd.DataFrame
@@ -304,6 +311,9 @@ class Linked:
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     associated: Association | None = None
     predicted: dict[str, Prediction] = field(default_factory=dict)
+    cell_level: pd.DataFrame = field(default_factory=pd.DataFrame)
+    trend: pd.DataFrame = field(default_factory=pd.DataFrame)
+    dose: Enrichment | None = None
     well_profiles: pd.DataFrame | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -378,7 +388,17 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
     def attempt(what, func, *args, **kw):
         try: return func(*args, **kw)
         except PcimError as e: notes.append(f"{what}: {e}.")
+    if spec.profiles.dose:
+        column = metadata_name(spec.profiles.dose)
+        dose = out.units.Metadata_Unit.map(dict(zip(iset.units, iset.meta[column]))).to_numpy()
+        trend = attempt("No test of a trend over dose", trends, out.units, dose, plates, spec.profiles.dose_levels)
+        if trend is not None: out.trend = trend
+        if len(iset.channels) > 1: out.dose = attempt("Trend over dose: no test of enrichment", enrichment, out.units, iset.channels, plates=plates, dose=dose, levels=spec.profiles.dose_levels, seed=spec.seed)
+    one_kind = profiles[profiles.Metadata_Object == profiles.Metadata_Object.mode()[0]] if "Metadata_Object" in profiles else profiles
     diffs = attempt("No test of features between classes", differences, out.units, plates=plates, control=control)
+    if (diffs is None or diffs.p.isna().all()) and len(one_kind) > len(out.units):
+        by_cell = attempt("No differences cell by cell", cell_differences, one_kind, plates=plates, control=control)
+        if by_cell is not None: out.cell_level = by_cell
     if diffs is None: return out
     out.differences = diffs
     notes += diffs.attrs.get("notes", [])
@@ -411,7 +431,7 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
                 got = attempt(f"{contrast}: the classifier's score was not predicted from features", predict_score, features[rows].reset_index(drop=True), score, iset.channels, shares=shares[mine], dac=by_dac, seed=spec.seed)
                 if got is not None: out.predicted[contrast] = got
     if control is not None:
-        wells = attempt("No normalised well profiles", well_profiles, profiles[profiles.Metadata_Object == profiles.Metadata_Object.mode()[0]], control, plate="Metadata_Group")
+        wells = attempt("No normalised well profiles", well_profiles, one_kind, control, plate="Metadata_Group")
         if wells is not None: out.well_profiles = wells.selected
     return out
 
@@ -521,6 +541,9 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
                 words = {"agree": "agree on the channel", "disagree": "**disagree**", "shape": "cannot be compared by channel, as shape changes most", "no evidence": "cannot be compared, as no channel's features stand out", "undecided": "point the same way, but no better than chance"}
                 if len(linked.scores) == 1: said.append(next(iter(linked.scores.values())).sentence)
                 elif linked.scores: said.append("Attribution and CellProfiler features " + "; ".join(f"{words[k]} for {', '.join(treated_of(c) for c in v)}" for k, v in kinds.items() if v) + ".")
+        if linked.dose is not None:
+            numbers["dose"] = {"links": list(linked.dose.links), "p": float(linked.dose.table.p_adjusted.min())}
+            said.append(linked.dose.verdict)
         wary += linked.notes
     if background is not None:
         numbers["background"] = {"auc": background.auc, "low": background.low, "high": background.high, "p": background.p, "predicts": bool(background.predicts)}

@@ -155,6 +155,7 @@ def make_report(job: Job, settings: Settings) -> dict:
 
 # %% ../nbs/35_batch.ipynb #cell-15
 _running: set[subprocess.Popen] = set()
+_stop = {"now": False}  # set when a batch on this machine is interrupted: no report is begun any more, and none that was killed counts as failed
 
 _CHILD = """
 import json, os, sys, threading, time
@@ -173,12 +174,15 @@ print("\\n" + json.dumps(make_report(Job(**job), Settings(**settings))))
 
 def run_job(job: dict, settings: dict) -> dict:
     "`make_report` in a process of its own; what dask's workers run. A process that dies is a report that failed."
+    if _stop["now"]: raise RuntimeError(f"{job['name']}: the batch was interrupted")
     env = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
     # a session of its own: Ctrl-C in the terminal is for the batch, which then stops its reports itself
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
     _running.add(child)
+    if _stop["now"]: child.kill()
     try: said, complaint = child.communicate(json.dumps([job, settings]))
     finally: _running.discard(child)
+    if _stop["now"]: raise RuntimeError(f"{job['name']}: the batch was interrupted")
     try: return json.loads(said.splitlines()[-1])
     except (ValueError, IndexError):
         last = (complaint.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
@@ -229,6 +233,7 @@ def run_batch(paths: Sequence[str | Path], out: str | Path, workers: int = 2, sc
     jobs, out = collect(paths, changes), Path(out).resolve()
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise PcimError(f"{out}: cannot be made ({e.strerror}); expected a folder to write the reports to") from None
+    _stop["now"] = False
     here = scheduler is None and cluster is None
     settings = Settings(str(out), str(Path(root).resolve()) if root else None, code, threads or (max(1, (os.cpu_count() or 2) // workers) if here else 1), memory, timeout, str(notebook) if notebook else None)
     state = {j.name: {"name": j.name, "state": "waiting", "seconds": None, "error": None} for j in jobs}
@@ -250,6 +255,7 @@ def run_batch(paths: Sequence[str | Path], out: str | Path, workers: int = 2, sc
                 left -= done
                 bar.set_postfix_str("; ".join(filter(None, (_last_line(out / names[f]) for f in left)))[:150])
         except KeyboardInterrupt:
+            _stop["now"] = True
             client.cancel(list(left))
             for child in list(_running): child.kill()
             show()

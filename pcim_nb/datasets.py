@@ -179,13 +179,16 @@ class Masking(_Section):
 
 class Profiles(_Section):
     """CellProfiler features: measured on the label images (`families`, in `compartments`), or read from `table`: what CellProfiler wrote (a folder of spreadsheets, where `objects` maps an object's name to its files
-    if they don't say it; a database; CytoTable's parquet), or a CSV or parquet table with a row an object or a well. The columns `on` say which image or unit a row belongs to."""
+    if they don't say it; a database; CytoTable's parquet), or a CSV or parquet table with a row an object or a well. The columns `on` say which image or unit a row belongs to. `dose`: a column of doses (numbers, or `dose_levels` from low to
+    high), to look for features that follow it."""
     measure: bool = True
     families: list[str] | None = None
     compartments: list[str] | None = None
     table: str | None = None
     objects: dict[str, str] | None = None
     on: list[str] | None = None
+    dose: str | None = None
+    dose_levels: list[str] | None = Field(None, min_length=2)
     max_images: int | None = Field(None, ge=1, description="measure at most so many images a class, drawn evenly over units")
 
 class DatasetSpec(_Section):

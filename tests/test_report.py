@@ -146,3 +146,4 @@ def test_real_sets_make_a_full_report(data, tmp_path, name):
     if name == "pla":  # the dose is written in PLA and not in DNA: features and single-channel swaps say so (the unsigned share alone does not, see the README)
         assert n["top_channels"]["dots vs no dots"]["features"] == "PLA"
         assert n["dac_by_channel"]["PLA"] > 0.2 > abs(n["dac_by_channel"]["DNA"])
+        assert n["dose"]["links"] == ["PLA"] and n["dose"]["p"] < 0.05
