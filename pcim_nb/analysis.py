@@ -393,7 +393,7 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
         dose = out.units.Metadata_Unit.map(dict(zip(iset.units, iset.meta[column]))).to_numpy()
         trend = attempt("No test of a trend over dose", trends, out.units, dose, plates, spec.profiles.dose_levels)
         if trend is not None: out.trend = trend
-        if len(iset.channels) > 1: out.dose = attempt("Trend over dose: no test of enrichment", enrichment, out.units, iset.channels, plates=plates, dose=dose, levels=spec.profiles.dose_levels, seed=spec.seed)
+        if len(iset.channels) > 1: out.dose = attempt("No test of enrichment", enrichment, out.units, iset.channels, plates=plates, dose=dose, levels=spec.profiles.dose_levels, seed=spec.seed)
     one_kind = profiles[profiles.Metadata_Object == profiles.Metadata_Object.mode()[0]] if "Metadata_Object" in profiles else profiles
     diffs = attempt("No test of features between classes", differences, out.units, plates=plates, control=control)
     if (diffs is None or diffs.p.isna().all()) and len(one_kind) > len(out.units):
@@ -407,7 +407,7 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
         mine = primary if len(iset.classes) == 2 else primary[primary["class"] == treated]
         if len(mine): out.tables[contrast] = channel_table(mine[iset.channels], diffs, iset.channels, units=mine["unit"].to_numpy(), contrast=contrast, seed=spec.seed)
         if len(iset.channels) == 1: continue
-        found = attempt(f"{contrast}: no test of enrichment", enrichment, out.units, iset.channels, plates=plates, treated=treated, control=control, seed=spec.seed)
+        found = attempt("No test of enrichment", enrichment, out.units, iset.channels, plates=plates, treated=treated, control=control, seed=spec.seed)
         if found is None: continue
         out.enriched[contrast] = found
         if len(mine): out.scores[contrast] = attempt(f"{contrast}: no agreement score", agreement_score, found, mine[iset.channels], mine["unit"].to_numpy(), spec.seed)
