@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share the cores: waiting threads give way
+
 import numpy as np
 import pandas as pd
 import pytest
