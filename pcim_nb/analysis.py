@@ -33,10 +33,10 @@ from .cytominer import well_profiles
 from .dac import DacResult, dac
 from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, read_table, reports_folder
 from .enrichment import Enrichment, enrichment
-from .hybrids import Coherence, Comparison, area_shares, compare_scenarios, map_similarity
+from .hybrids import Coherence, Comparison, area_shares, compare_scenarios, hybrid_coherence, map_similarity, share_test, steps_at
 from .images import ImageSet, PcimError
-from .linking import BackgroundCheck, cell_differences, channel_table, differences, trends
-from .masking import SCENARIOS, rank_masks
+from .linking import Agreement, BackgroundCheck, agreement, cell_differences, channel_table, differences, trends
+from .masking import curves_of, ends, series
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
 from .object_attribution import KEYS, attribution_by_object, mask_by_object
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
@@ -44,10 +44,11 @@ from .simulate import PHENOTYPES
 
 # %% auto #0
 __all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
-           'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped', 'as_logits',
-           'mask_options', 'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares',
-           'cell_table', 'link', 'percent', 'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise',
-           'treated_of', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables', 'plain']
+           'method_options', 'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped',
+           'as_logits', 'mask_options', 'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles',
+           'primary_shares', 'cell_table', 'link', 'percent', 'percent_interval', 'top_channels', 'truth_check',
+           'Summary', 'summarise', 'treated_of', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables',
+           'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -158,11 +159,14 @@ class Explained:
     where: pd.DataFrame
     skipped: dict[str, str] = field(default_factory=dict)
 
+def method_options(method: str, seed: int = 0, options: dict | None = None) -> dict:
+    "What a report tells a method beyond its own defaults, under the `options` of a dataset file: PCIM gives a map for each stain, Random takes the report's seed."
+    return {**{"Random": {"seed": seed}, "PCIM": {"granularity": "channel_pixel"}}.get(method, {}), **(options or {})}
+
 def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: str, seed: int = 0, **options) -> torch.Tensor:
     """Maps n×C×H×W of the images `idx` towards their own class. `baseline`: `zeros`, `mean` (of each channel) or `blur`; `nearest` and `exact` explain the
     difference to a counterfactual instead, the nearest one on the same plate where there is one."""
-    if method == "Random": options = {"seed": seed, **options}
-    if method == "PCIM": options = {"granularity": "channel_pixel", **options}  # a map for each stain
+    options = method_options(method, seed, options)
     if baseline in ("nearest", "exact"): return attribute_pairs(method, model, make_pairs(iset, idx, baseline, seed=seed), **options)
     x = iset.load(idx)
     return make(method, model, **options).attribute(x, torch.as_tensor(iset.labels[idx]), make_baseline(baseline, x))
@@ -224,7 +228,7 @@ def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarr
 class Swapped:
     """Pairs of images and counterfactuals, the maps between them, and the DAC results: of the primary method and of `Random` with one mask for all stains, and of the primary method by scenario.
     `compared`: scenarios with one curve side by side, with the coherence of their hybrids (None where fewer than 20 real images are at hand). `alike`: how alike the channels' maps are, a row a pair of channels; `areas`: each
-    channel's share of the masks as they grow; both empty for one channel. `by_cell`: what the minimal masks change in each object, empty without label images. `notes`: what could not be done, and why."""
+    channel's share of the masks as they grow, `alike_p`: p-value for all channels' shares of attribution being alike; empty (NaN) for one channel. `along`: coherence by scenario, channel and mask size. `by_cell`: what the minimal masks change in each object, empty without label images. `notes`: what could not be done, and why."""
     pairs: Pairs
     maps: torch.Tensor
     results: dict[str, DacResult]
@@ -232,6 +236,8 @@ class Swapped:
     by_cell: pd.DataFrame = field(default_factory=pd.DataFrame)
     alike: pd.DataFrame = field(default_factory=pd.DataFrame)
     areas: pd.DataFrame = field(default_factory=pd.DataFrame)
+    alike_p: float = float("nan")
+    along: pd.DataFrame = field(default_factory=pd.DataFrame)
     notes: list[str] = field(default_factory=list)
 
 def as_logits(model) -> object:
@@ -249,7 +255,7 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
     m, scores, notes = spec.masking, as_logits(model), []
     pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed)
     name, several = spec.attribution.primary, len(iset.channels) > 1
-    maps = attribute_pairs(name, model, pairs, **spec.attribution.options.get(name, {}))
+    maps = attribute_pairs(name, model, pairs, **method_options(name, spec.seed, spec.attribution.options.get(name)))
     same = (maps == 0).flatten(1).all(1).numpy()  # image and counterfactual do not differ for the classifier: nothing to rank
     pairs, maps = pairs.subset(~same), maps[torch.as_tensor(~same)]
     if len(pairs) == 0: raise PcimError("masking: the attribution between every image and its counterfactual is zero; nothing can be ranked")
@@ -257,47 +263,55 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
     run = lambda a, scenario: dac(scores, pairs, a, scenario, **given)
     one_curve = [k for k in m.scenarios if k != "single_channel" and (several or k not in ("joint", "per_channel"))]
     others = np.setdiff1d(_spread(iset, -(-real_images // len(iset.classes)), spec.seed), pairs.index)
-    compared = None
+    compared, coherence, along = None, None, pd.DataFrame()
     try:
         coherence = Coherence(iset.load(others), model, groups=iset.units[others], seed=spec.seed)
         compared = compare_scenarios(scores, pairs, maps, coherence, ["aggregate", *(k for k in one_curve if k != "aggregate")], units=iset.units[pairs.index], seed=spec.seed, **given)
-        by_scenario = compared.results
+        by_scenario, along = compared.results, compared.along
     except PcimError as e:
         notes.append(f"How coherent hybrids are was not measured: {e}.")
         by_scenario = {k: run(maps, k) for k in dict.fromkeys(["aggregate", *one_curve])}
-    results = {name: by_scenario["aggregate"], "Random": run(attribute_pairs("Random", model, pairs, seed=spec.seed), "aggregate"), **{k: r for k, r in by_scenario.items() if k != "aggregate"}}
-    alike = areas = pd.DataFrame()
+    results = {name: by_scenario["aggregate"], "Random": run(attribute_pairs("Random", model, pairs, **method_options("Random", spec.seed)), "aggregate"), **{k: r for k, r in by_scenario.items() if k != "aggregate"}}
+    alike, areas, alike_p = pd.DataFrame(), pd.DataFrame(), float("nan")
     if several:
-        if "single_channel" in m.scenarios: results["single_channel"] = run(maps, "single_channel")
+        if "single_channel" in m.scenarios:
+            alone = results["single_channel"] = run(maps, "single_channel")
+            if len(along):
+                kept = np.flatnonzero(alone.kept)
+                along = pd.concat([along, hybrid_coherence(coherence, pairs.subset(kept), maps[torch.as_tensor(kept)], "single_channel", iset.channels, direction=m.direction, **mask_options(m)).assign(scenario="single_channel")], ignore_index=True)
+        alike_p = share_test(maps, iset.channels, iset.units[pairs.index], seed=spec.seed)[1]
         alike = map_similarity(maps, iset.channels, seed=spec.seed)
         areas = area_shares(maps, iset.channels, steps=m.steps, closing=m.closing, normalisation=m.normalisation)
     by_cell = pd.DataFrame()
     if iset.objects and results[name].scores.minimal_step.notna().any():
         try: by_cell = mask_by_object(results[name], pairs, maps, iset, spec.profiles.compartments, "center" if _centred(spec, iset) else "all", m.closing, m.blur, m.normalisation)
         except PcimError as e: notes.append(f"Minimal masks were not shared out over objects: {e}.")
-    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, by_cell, alike, areas, notes)
+    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, by_cell, alike, areas, alike_p, along, notes)
 
 # %% ../nbs/33_analysis.ipynb #cell-17
 @dataclass
 class Hybrids:
-    "Hybrids n×C×H×W between a counterfactual and an image, with their masks n×1×H×W and the masks' sizes (shares of the picture)."
+    "Hybrids n×C×H×W on the way from `start` to `end` (C×H×W), with their masks n×1×H×W and the masks' sizes (shares of the picture)."
+    start: torch.Tensor
+    end: torch.Tensor
     images: torch.Tensor
     masks: torch.Tensor
     sizes: list[float]
 
-def hybrids(maps: torch.Tensor, image: torch.Tensor, counterfactual: torch.Tensor, masking: Masking, n: int = 5) -> Hybrids:
-    "`n` hybrids of one pair (all C×H×W) at mask sizes from small to nearly all, pixels put back in the order of the attribution summed over channels."
-    curve = SCENARIOS["aggregate"](maps[None], [str(c) for c in range(len(maps))], "clamp")[0]
-    masks, sizes = (v[0] for v in rank_masks(curve.maps, masking.steps, masking.closing, masking.blur))
-    at = [int((sizes - s).abs().argmin()) for s in np.geomspace(.03, .8, n)]
-    m = masks[at]
-    return Hybrids(counterfactual + m * (image - counterfactual), m, [float(sizes[i]) for i in at])
+def hybrids(pairs: Pairs, maps: torch.Tensor, i: int, channels: list[str], masking: Masking, n: int = 5) -> Hybrids:
+    "`n` hybrids of pair `i` at mask sizes from small to nearly all, pixels swapped in the order of the attribution (`maps`, one a pair) summed over channels."
+    one = pairs.subset([i])
+    curve, = curves_of("aggregate", maps[i:i + 1], channels, masking.normalisation)
+    s = series(curve, masking.steps, masking.closing, masking.blur)
+    at, first = steps_at(s, np.geomspace(.03, .8, n))[0], np.zeros(n, int)
+    start, end = ends(one, masking.direction)
+    return Hybrids(start[0], end[0], s.hybrids(start, end, first, at), s.masks(first, at), s.size[0, at].tolist())
 
 # %% ../nbs/33_analysis.ipynb #cell-19
 @dataclass
 class Linked:
     """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature.
-    By contrast: `tables` (channels, attribution share beside features), `enriched` (in which channels the differences are concentrated) and `scores` (the agreement of both), for those contrasts that have enough wells.
+    By contrast: `tables` (channels, attribution share beside features), `enriched` (in which channels the differences are concentrated) and `scores` (the agreement of both), for those contrasts that have enough wells; `orders`: for the others, how alike the channels' order is by attribution and by features.
     `cells`: attribution shares, a row a measured object of the test images, with its features; `associated`: which features go with them; `predicted`: by contrast, how well one channel's features predict the classifier's score.
     `cell_level`: differences with cells as observations, only where wells are too few for a test; `trend`, `dose`: features that follow the dose, and in which channels they are concentrated (where the dataset file names a dose).
     `well_profiles`: wells normalised to the control, selected features; None without a control. `notes`: what could not be done, and why."""
@@ -308,6 +322,7 @@ class Linked:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     enriched: dict[str, Enrichment] = field(default_factory=dict)
     scores: dict[str, AgreementScore] = field(default_factory=dict)
+    orders: dict[str, Agreement] = field(default_factory=dict)
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     associated: Association | None = None
     predicted: dict[str, Prediction] = field(default_factory=dict)
@@ -412,6 +427,7 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
         out.enriched[contrast] = found
         if len(mine): out.scores[contrast] = attempt(f"{contrast}: no agreement score", agreement_score, found, mine[iset.channels], mine["unit"].to_numpy(), spec.seed)
     out.scores = {k: v for k, v in out.scores.items() if v is not None}
+    if len(iset.channels) > 1: out.orders = {c: agreement(t) for c, t in out.tables.items() if c not in out.scores}
     cells = attempt("No attribution cell by cell", cell_table, spec, model, iset, profiles, split.test)
     if cells is not None and len(cells):
         out.cells = cells
@@ -511,9 +527,9 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
                 numbers["dac_by_channel"] = swapped.results["single_channel"].scores.groupby("channel", sort=False)["dac"].mean().to_dict()
             if "dac_by_channel" in numbers and len(iset.classes) == 2:
                 alone = pd.Series(numbers["dac_by_channel"]).sort_values(ascending=False)
-                said.append(f"Put back alone, **{alone.index[0]}** does most for the class (DAC score {alone.iloc[0]:.2f}; {', '.join(f'{c} {v:.2f}' for c, v in alone.iloc[1:].items())}).")
+                said.append(f"{'Put back' if main.direction == 'to_image' else 'Swapped'} alone, **{alone.index[0]}** does most for the class (DAC score {alone.iloc[0]:.2f}; {', '.join(f'{c} {v:.2f}' for c, v in alone.iloc[1:].items())}).")
             verdict = "better than" if a.mean() > b.mean() + .02 else "no better than"
-            said.append(f"Putting back the pixels that attribution ranks first brings the class back {verdict} random pixels do (DAC score {a.mean():.2f} against {b.mean():.2f}, {len(a)} pairs).")
+            said.append(f"{'Putting back the pixels that attribution ranks first brings the class back' if main.direction == 'to_image' else 'Replacing the pixels that attribution ranks first by those of the counterfactual changes the class'} {verdict} random pixels do (DAC score {a.mean():.2f} against {b.mean():.2f}, {len(a)} pairs).")
             if verdict != "better than": wary.append("Masks from the attribution do no better than random ones: the ranking of pixels is not faithful to this classifier, or any part of the picture will do.")
         else: wary.append(main.summary())
         wary.append(f"Counterfactuals: {swapped.pairs.trust}")
@@ -541,6 +557,11 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
                 words = {"agree": "agree on the channel", "disagree": "**disagree**", "shape": "cannot be compared by channel, as shape changes most", "no evidence": "cannot be compared, as no channel's features stand out", "undecided": "point the same way, but no better than chance"}
                 if len(linked.scores) == 1: said.append(next(iter(linked.scores.values())).sentence)
                 elif linked.scores: said.append("Attribution and CellProfiler features " + "; ".join(f"{words[k]} for {', '.join(treated_of(c) for c in v)}" for k, v in kinds.items() if v) + ".")
+                numbers["orders"] = {c: {"rho": o.rho, "p": o.p} for c, o in linked.orders.items()}
+                if len(linked.orders) == 1: said.append(next(iter(linked.orders.values())).sentence)
+                elif linked.orders:
+                    same = [treated_of(c) for c in linked.orders if c in top and top[c]["attribution"] == top[c]["features"]]
+                    said.append(f"Where wells are too few for a test, attribution and features point to the same channel for {len(same)} of {len(linked.orders)} classes" + (f" ({', '.join(same)})" if same else "") + ".")
         if linked.dose is not None:
             numbers["dose"] = {"links": list(linked.dose.links), "p": float(linked.dose.table.p_adjusted.min())}
             said.append(linked.dose.verdict)

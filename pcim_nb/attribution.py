@@ -9,6 +9,7 @@ __all__ = ['BASELINES', 'METHODS', 'gaussian_blur', 'make_baseline', 'undisturbe
 
 # %% ../nbs/10_attribution.ipynb #cell-2
 import difflib, inspect, warnings, zlib
+from abc import ABC, abstractmethod
 from importlib.metadata import entry_points
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ def register(description: str, reference: str, **flags) -> Callable:
         return cls
     return add
 
-class AttributionMethod:
+class AttributionMethod(ABC):
     """What all attribution methods share. Subclasses write `_maps(x, target, baselines)`.
 
     `forward_func`: images `n×C×H×W` -> scores `n×K` (logits rather than probabilities, which saturate). A module is put into evaluation mode
@@ -187,7 +188,8 @@ class AttributionMethod:
         if not torch.isfinite(out).all(): raise PcimError(f"{self.info.name}: gave NaN or infinite values on this model, expected finite ones")
         return out
 
-    def _maps(self, x: Tensor, target: Tensor, baselines: Tensor) -> Tensor: raise NotImplementedError
+    @abstractmethod
+    def _maps(self, x: Tensor, target: Tensor, baselines: Tensor) -> Tensor: "Maps of one batch, everything checked; n×C×H×W."
 
     def _together(self, sets: Tensor, k: int) -> tuple[Tensor, Callable]:
         "Targets and model for sets of classes (`n×k` bool)."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,13 +24,13 @@ __all__ = ['BACKBONES', 'Backbone', 'VGG16', 'vgg16', 'vgg16_bn', 'EfficientNetV
            'load_published', 'ResNet18', 'DenseNet121', 'ViT', 'EfficientNetLite0']
 
 # %% ../nbs/03_backbones.ipynb #cell-5
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Base of the networks here: N×C×H×W in [0,1] -> N×K scores (logits). Subclasses write `scores(standardised images)`.
 
     `downsample` averages blocks of pixels first; `flatten` > 0 subtracts a background averaged over blocks of that many pixels; without `standardise` the images go in
     as they come, and the buffers `mean` and `std` (1×C×1×1) do not exist."""
     used_once = ("weights",)            # options that matter when a model is made, not when a saved one is made again
-    stem, head = "", ""                 # names of the first convolution and of the layers that depend on the classes
+    stem_name, head_name = "", ""       # names of the first convolution and of the layers that depend on the classes
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))   # mean and standard deviation that the published weights expect
 
     def __init__(self, n_channels: int, n_classes: int, downsample: int = 1, flatten: int = 0, standardise: bool = True):
@@ -63,7 +64,8 @@ class Backbone(nn.Module):
         x = self.prepare(x)
         return self.scores((x - self.mean) / self.std if self.standardise else x)
 
-    def scores(self, x: torch.Tensor) -> torch.Tensor: raise NotImplementedError
+    @abstractmethod
+    def scores(self, x: torch.Tensor) -> torch.Tensor: "Scores N×K of standardised images."
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if self.standardise:   # published files have no such buffers: what the model has stays
@@ -80,8 +82,8 @@ class VGG16(Backbone):
 
     `hidden`: features in the two wide layers; `pool`: positions a side that go into them; `width`: feature channels of the first stage. The published network has 4096, 7 and 64.
     `weights`: a file of published weights, see `load_published`. Images from 32×32 up (after `downsample`)."""
-    head = "classifier"
-    stem = "features.0"
+    head_name = "classifier"
+    stem_name = "features.0"
 
     def __init__(self, n_channels: int, n_classes: int, batch_norm: bool = False, hidden: int = 4096, pool: int = 7, width: int = 64, dropout: float = 0.5,
                  weights: str | Path | None = None, downsample: int = 1, flatten: int = 0, standardise: bool = True):
@@ -155,8 +157,8 @@ class EfficientNetV2S(Backbone):
     """EfficientNetV2-S (Tan and Le 2021, arXiv 2104.00298, table 4), tensors named as in torchvision's `efficientnet_v2_s`.
 
     `weights`: a file of published weights, see `load_published`. Images from 33×33 up, better from 64×64."""
-    head = "classifier"
-    stem = "features.0.0"
+    head_name = "classifier"
+    stem_name = "features.0.0"
     # widening, stride, feature channels in and out, blocks, one convolution for widening and filtering
     stages = ((1, 1, 24, 24, 2, True), (4, 2, 24, 48, 4, True), (4, 2, 48, 64, 4, True), (4, 2, 64, 128, 6, False), (6, 1, 128, 160, 9, False), (6, 2, 160, 256, 15, False))
 
@@ -210,9 +212,9 @@ def load_published(model: Backbone, weights: str | Path | dict[str, torch.Tensor
     where, found = ("weights", dict(weights)) if isinstance(weights, dict) else (str(weights), read_published(weights))
     wanted = {k: v for k, v in model.state_dict().items() if k not in ("mean", "std")}
     for name in ("mean", "std"): found.pop(name, None)
-    stem = f"{model.stem}.weight"
+    stem = f"{model.stem_name}.weight"
     if stem in found and found[stem].ndim == 4: found[stem] = adapt_stem(found[stem], model.n_channels)
-    fresh = sorted({k.rpartition(".")[0] for k, v in wanted.items() if k.startswith(model.head) and k in found and found[k].shape != v.shape})
+    fresh = sorted({k.rpartition(".")[0] for k, v in wanted.items() if k.startswith(model.head_name) and k in found and found[k].shape != v.shape})
     kept = {k: v for k, v in wanted.items() if k.rpartition(".")[0] not in fresh}
     found = {k: v for k, v in found.items() if k.rpartition(".")[0] not in fresh}
     size = lambda t: "×".join(map(str, t.shape)) or "one number"
@@ -294,7 +296,7 @@ class ViT(Backbone):
 # %% ../nbs/03_backbones.ipynb #cell-24
 class EfficientNetLite0(Backbone):
     "EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946, without squeeze-and-excitation), by default with ImageNet weights; `pretrained=False` starts from random ones."
-    stem, head = "net._conv_stem", "net._fc"
+    stem_name, head_name = "net._conv_stem", "net._fc"
     imagenet = ((127 / 255,) * 3, (128 / 255,) * 3)
     def __init__(self, n_channels: int, n_classes: int, pretrained: bool = True, dropout: float = 0.2, downsample: int = 1, flatten: int = 0, standardise: bool = True):
         super().__init__(n_channels, n_classes, downsample, flatten, standardise)

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__
-from .backbones import BACKBONES
+from .backbones import BACKBONES, Backbone
 from .images import ImageSet, PcimError
 
 # %% auto #0
@@ -169,7 +169,7 @@ class _Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))) + self.short(x))
 
-class SmallCNN(nn.Module):
+class SmallCNN(Backbone):
     """A small convolutional classifier: N×C×H×W in [0,1] -> N×K scores (logits).
 
     `depth` stages of `width`, 2·`width`, … (at most 128) feature channels, each halving the image; `pooling` over positions: `mean+max` or `mean`;
@@ -177,12 +177,10 @@ class SmallCNN(nn.Module):
     `features(standardised images)` are the last convolutional features N×F×h×w, `gradcam_layer` the module that puts them out."""
     def __init__(self, n_channels: int, n_classes: int, width: int = 16, depth: int = 4, pooling: str = "mean+max", dropout: float = 0.1,
                  downsample: int = 1, flatten: int = 0):
-        super().__init__()
+        super().__init__(n_channels, n_classes, downsample, flatten)
         if pooling not in ("mean+max", "mean"): raise PcimError(f"model: pooling {pooling!r}; expected mean+max or mean")
-        if min(width, depth, downsample) < 1 or flatten < 0: raise PcimError(f"model: width {width}, depth {depth}, downsample {downsample}, flatten {flatten}; expected whole numbers from 1 (flatten from 0)")
-        self.n_channels, self.n_classes, self.pooling, self.downsample, self.flatten = n_channels, n_classes, pooling, downsample, flatten
-        self.register_buffer("mean", torch.zeros(1, n_channels, 1, 1))
-        self.register_buffer("std", torch.ones(1, n_channels, 1, 1))
+        if min(width, depth) < 1: raise PcimError(f"model: width {width}, depth {depth}; expected whole numbers from 1")
+        self.pooling = pooling
         wide = [min(width * 2**i, max(width, 128)) for i in range(depth)]
         self.features = nn.Sequential(nn.Conv2d(n_channels, width, 3, 1, 1, bias=False), nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(width), nn.ReLU(),
                                       *[_Residual(a, b) for a, b in zip(wide, wide[1:])])
@@ -192,25 +190,8 @@ class SmallCNN(nn.Module):
     @property
     def gradcam_layer(self) -> nn.Module: return self.features[-1]
 
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        "Images as the first convolution sees them, but for standardisation: coarser, background subtracted. Linear in `x`."
-        if x.ndim != 4 or x.shape[1] != self.n_channels:
-            raise PcimError(f"classifier: images of shape {'×'.join(map(str, x.shape))}; expected N×{self.n_channels}×H×W")
-        if self.downsample > 1: x = F.avg_pool2d(x, self.downsample, ceil_mode=True, count_include_pad=False)
-        if self.flatten:
-            coarse = F.avg_pool2d(x, self.flatten, ceil_mode=True, count_include_pad=False)
-            x = x - F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        return x
-
-    def fit_standardisation(self, x: torch.Tensor) -> None:
-        "Sets the buffers `mean` and `std` from training images N×C×H×W; a constant channel is left unscaled."
-        x = torch.cat([self.prepare(part) for part in x.split(32)])
-        self.mean.copy_(x.mean((0, 2, 3), keepdim=True))
-        std = x.std((0, 2, 3), keepdim=True)
-        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.features((self.prepare(x) - self.mean) / self.std)
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.features(x)
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1) if self.pooling == "mean+max" else x.mean((2, 3))
         return self.head(self.dropout(pooled))
 

@@ -23,7 +23,7 @@ from .attribution import last_conv, undisturbed
 from .counterfactual import Pairs
 from .dac import DacResult, dac, default_micro_batch, interval_table
 from .images import PcimError
-from .masking import Series, curves_of, series, superpixels
+from .masking import Series, curves_of, ends, series, superpixels
 from .metrics import channel_shares
 
 # %% ../nbs/14_hybrids.ipynb #cell-7
@@ -114,7 +114,7 @@ def hybrid_coherence(coherence: Coherence, pairs: Pairs, attributions: Tensor, s
                      closing: int = 10, blur: int = 11, normalisation: str = 'clamp', direction: str = 'to_image', split: str = 'ranks', regions: np.ndarray | None = None) -> pd.DataFrame:
     "A row a pair, channel and mask size: `pair`, `channel`, `size` (asked for), `mask_size` (had), and the columns of `Coherence.score`. Other arguments as in `dac`; here all pairs count."
     channels = [f'channel {k}' for k in range(pairs.images.shape[1])] if channels is None else list(channels)
-    start, end = (pairs.counterfactuals, pairs.images) if direction == 'to_image' else (pairs.images, pairs.counterfactuals)
+    start, end = ends(pairs, direction)
     rows = []
     for curve in curves_of(scenario, attributions, channels, normalisation, pairs, regions):
         s = series(curve, steps, closing, blur, split)

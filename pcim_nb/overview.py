@@ -35,8 +35,8 @@ def summary_row(status: dict, numbers: dict) -> dict:
     n = numbers if status["state"] == "done" else {}
     shares = pd.DataFrame(n.get("shares") or {}).mean(axis=1).to_dict()
     alone = n.get("dac_by_channel") or {}
-    top = n.get("top_channels") or {}
-    agree = None if not top else float(np.mean([v["attribution"] == v["features"] for v in top.values()]))
+    judged = [v["status"] for v in (n.get("agreement") or {}).values() if v["status"] in ("agree", "disagree", "undecided")]
+    agree = float(np.mean([s == "agree" for s in judged])) if judged else None
     return {"name": status["name"], "state": status["state"], "title": n.get("title") or status["name"], "images": n.get("images"), "classes": len(n["classes"]) if n.get("classes") else None,
             "accuracy": ((n.get("metrics") or {}).get("balanced accuracy") or {}).get("value"), "top_channel": _first(shares) if len(shares) > 1 else None,
             "dac": (n.get("dac") or {}).get(n.get("method")), "dac_channel": _first(alone) if len(alone) > 1 else None, "agreement": agree,

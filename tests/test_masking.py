@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from pcim_nb.counterfactual import DISCRIMINATIVE, Pairs, attribute_pairs
-from pcim_nb.dac import DIRECTIONS, area, dac, minimal_step
+from pcim_nb.dac import area, dac, minimal_step
 from pcim_nb.hybrids import Coherence, area_shares, compare_scenarios, map_similarity, share_test, smoothing_sweep
 from pcim_nb.images import PcimError
 from pcim_nb.mask_plots import mask_slider
-from pcim_nb.masking import NEED_CHANNELS, SCENARIOS, curves_of, grey_closing, normalise, rank_masks, series, soften, superpixels, thresholds
+from pcim_nb.masking import DIRECTIONS, NEED_CHANNELS, SCENARIOS, curves_of, grey_closing, normalise, rank_masks, series, soften, superpixels, thresholds
 
 NAMES = ["DNA", "ER", "AGP"]
 
