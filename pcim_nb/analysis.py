@@ -160,8 +160,8 @@ class Explained:
     skipped: dict[str, str] = field(default_factory=dict)
 
 def method_options(method: str, seed: int = 0, options: dict | None = None) -> dict:
-    "What a report tells a method beyond its own defaults, under the `options` of a dataset file: PCIM gives a map for each stain, Random takes the report's seed."
-    return {**{"Random": {"seed": seed}, "PCIM": {"granularity": "channel_pixel"}}.get(method, {}), **(options or {})}
+    "What a report tells a method beyond its own defaults, under the `options` of a dataset file: PCIM gives a map for each stain, and what is drawn at random takes the report's seed."
+    return {**{"Random": {"seed": seed}, "PCIM": {"granularity": "channel_pixel"}, "BlackBoxPCIM": {"granularity": "channel_pixel", "seed": seed}}.get(method, {}), **(options or {})}
 
 def attributions(method: str, model, iset: ImageSet, idx: np.ndarray, baseline: str, seed: int = 0, **options) -> torch.Tensor:
     """Maps n×C×H×W of the images `idx` towards their own class. `baseline`: `zeros`, `mean` (of each channel) or `blur`; `nearest` and `exact` explain the
