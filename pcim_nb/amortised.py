@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .attribution import _check_baselines, _check_inputs, _check_target, gaussian_blur, make_baseline, undisturbed
 from .classifiers import augmented
 from .images import PcimError
-from .pcim import SCALES, area_path, mix, shift, smoothed
+from .pcim import GRANULARITIES, SCALES, area_path, mix, shift, smoothed
 
 # %% ../nbs/11_amortised.ipynb #cell-5
 def rank_votes(theta: Tensor, areas: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class _Block(nn.Sequential):
     def __init__(self, a: int, b: int): super().__init__(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.GroupNorm(1, b), nn.SiLU())
 
 class MixingNetwork(nn.Module):
-    """A small U-shaped network from images, their baselines and a class to θ (`N×1×H×W`, or `N×C×H×W` with `channel_pixel`), whose sigmoid are the weights.
+    """A small U-shaped network from images, their baselines and a class to θ (`N×1×H×W`; `N×C×H×W` with granularity 'channel_pixel', `N×C×1×1` with 'channel'), whose sigmoid are the weights.
 
     It sees image and difference from the baseline, each standardised image by image; works at half the image's resolution (`stride`) over `depth` levels of `width`, 2·`width`, … features, and has an offset for each class at
     every level. Images of any size."""
     def __init__(self, n_channels: int, n_classes: int, granularity: str = 'pixel', width: int = 12, depth: int = 3, stride: int = 2, seed: int = 0):
         super().__init__()
-        if granularity not in ('pixel', 'channel_pixel'): raise PcimError(f"granularity: '{granularity}' is not known; expected pixel or channel_pixel")
+        if granularity not in GRANULARITIES: raise PcimError(f"granularity: '{granularity}' is not known; expected one of {', '.join(GRANULARITIES)}")
         if min(n_channels, n_classes, width, depth, stride) < 1: raise PcimError(f"mixing network: channels {n_channels}, classes {n_classes}, width {width}, depth {depth}, stride {stride}; expected whole numbers from 1")
         self.settings = dict(n_channels=n_channels, n_classes=n_classes, granularity=granularity, width=width, depth=depth, stride=stride)
         self.n_channels, self.n_classes, self.granularity, self.stride = n_channels, n_classes, granularity, stride
@@ -64,7 +64,7 @@ class MixingNetwork(nn.Module):
             self.down = nn.ModuleList([_Block(a, b) for a, b in zip([width, *wide], wide)])
             self.up = nn.ModuleList([_Block(a + b, a) for a, b in zip(wide[:-1], wide[1:])])
             self.asked = nn.ModuleList([nn.Embedding(n_classes, b) for b in wide])
-            self.out = nn.Conv2d(width, (n_channels if granularity == 'channel_pixel' else 1) * stride**2, 1)
+            self.out = nn.Conv2d(width, (1 if granularity == 'pixel' else n_channels) * stride**2, 1)
             nn.init.zeros_(self.out.bias); nn.init.normal_(self.out.weight, std=.1 / width**.5)
 
     def forward(self, x: Tensor, baselines: Tensor, target: Tensor) -> Tensor:
@@ -82,14 +82,16 @@ class MixingNetwork(nn.Module):
             kept.append(z)
         for block, skip in zip(reversed(self.up), reversed(kept[:-1])):
             z = block(torch.cat([skip, F.interpolate(z, scale_factor=2, mode='nearest')], 1))
-        return F.pixel_shuffle(self.out(z), self.stride)[:, :, :h, :w]
+        theta = F.pixel_shuffle(self.out(z), self.stride)[:, :, :h, :w]
+        return theta.mean((2, 3), keepdim=True) if self.granularity == 'channel' else theta
 
 # %% ../nbs/11_amortised.ipynb #cell-10
 class AmortisedPCIM:
     """PCIM in one pass: `attribute(inputs, target, baselines)` as for every method, from a trained `MixingNetwork` alone; the classifier isn't asked. `areas`: the path that the votes stand for."""
     def __init__(self, network: MixingNetwork, areas: tuple[float, float] = (.5, .01), levels: int = 36, batch_size: int = 32):
         if not isinstance(network, MixingNetwork): raise PcimError(f"network: found {type(network).__name__}, expected a MixingNetwork")
-        self.network, self.path, self.batch_size = network, area_path(levels, 0, areas, 10**9), batch_size
+        self.network, self.batch_size = network, batch_size
+        self.path = area_path(levels, 0, areas, network.n_channels if network.granularity == 'channel' else 10**9)
 
     @torch.no_grad()
     def attribute(self, inputs: Tensor, target: int | Sequence | Tensor | None = None, baselines: float | Tensor | None = None) -> Tensor:
@@ -103,7 +105,8 @@ class AmortisedPCIM:
         votes = lambda k: rank_votes(self.network(x, b, k), self.path)
         if t.ndim == 1: v = votes(t)
         else: v = sum(votes(torch.full((len(x),), k, device=x.device)) * t[:, k].view(-1, 1, 1, 1) for k in range(t.shape[1])) / t.sum(1).view(-1, 1, 1, 1)
-        out = gaussian_blur(v * (x - b).abs(), self.network.stride / 2)      # the network sees blocks of `stride` pixels: the map is as fine as that
+        if self.network.granularity == 'channel': out = (v / (x.shape[2] * x.shape[3]) * (x != b).any(1, keepdim=True).any(2, keepdim=True).any(3, keepdim=True)).expand_as(x)
+        else: out = gaussian_blur(v * (x - b).abs(), self.network.stride / 2)      # the network sees blocks of `stride` pixels: the map is as fine as that
         return out / out.clamp(min=0).sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 # %% ../nbs/11_amortised.ipynb #cell-12
@@ -131,6 +134,8 @@ def train_mixing(network: MixingNetwork, classifier: nn.Module, images: Callable
     asked_for = [(p, p.requires_grad) for p in classifier.parameters()]
     optimizer = torch.optim.AdamW([{'params': network.parameters(), 'lr': lr}, *([{'params': classifier.parameters(), 'lr': lr / 10}] if jointly else [])], weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group['lr'] for group in optimizer.param_groups], total_steps=iterations + 1, pct_start=.1)
+    by_stain = network.granularity == 'channel'
+    least = max(areas[1], .5 / network.n_channels) if by_stain else areas[1]                    # half a unit at least
     rows, change = [], None
     network.train()
     try:
@@ -142,12 +147,12 @@ def train_mixing(network: MixingNetwork, classifier: nn.Module, images: Callable
                 i = torch.randint(n, (batch_size,), generator=g)
                 x = augmented(images(i.numpy()).float(), g, crop).to(device)
                 b, t = make_b(x), labels[i].to(device)
-                area = areas[0] * (areas[1] / areas[0])**torch.rand(batch_size, generator=g).to(device)
+                area = areas[0] * (least / areas[0])**torch.rand(batch_size, generator=g).to(device)
                 theta = network(x, b, t)
                 weights = torch.sigmoid(theta - shift(theta.detach(), area).view(-1, 1, 1, 1))
                 seen = weights.detach().requires_grad_()
                 coarse = scales[int(torch.randint(len(scales), (1,), generator=g))]                   # half of the time the mixture is smooth: the regions must be right as well as the pixels
-                score = _score(classifier, mix(x, b, seen if torch.rand(1, generator=g) < .5 else smoothed(seen, coarse)), t)
+                score = _score(classifier, mix(x, b, seen if by_stain or torch.rand(1, generator=g) < .5 else smoothed(seen, coarse)), t)
                 uphill, = torch.autograd.grad(score.sum(), seen)
                 free = weights.detach() * (1 - weights.detach())                                     # the area is kept: what one weight gains, the others lose
                 uphill = uphill - (free * uphill).sum((1, 2, 3), keepdim=True) / free.sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
@@ -166,7 +171,7 @@ def train_mixing(network: MixingNetwork, classifier: nn.Module, images: Callable
     network.eval()
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_amortised.ipynb #cell-20
+# %% ../nbs/11_amortised.ipynb #cell-22
 def save_mixing(network: MixingNetwork, path: str | Path) -> None:
     "Writes weights and settings of a mixing network to a safetensors file: tensors and text, nothing that could run."
     safetensors.torch.save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(path), metadata={'pcim_mixing': json.dumps(network.settings)})

@@ -183,6 +183,41 @@ def test_mixing_network_learns_saves_and_is_the_same_again(tmp_path):
     with pytest.raises(PcimError, match="bad.safetensors"): load_mixing(tmp_path / "bad.safetensors")
 
 
+def test_mixing_network_by_channel_finds_the_stain_that_counts():
+    x, y = images(16) * 0.2 + 0.5, np.arange(16) % 2
+    net = MixingNetwork(2, 3, "channel", width=6, depth=2)
+    train_mixing(net, Spot(), x, y, "zeros", iterations=80, seed=1, progress=False)
+    new = images(4, seed=9) * 0.2 + 0.5
+    for target, channel in ((0, 0), (1, 1)):
+        a = AmortisedPCIM(net).attribute(new, target, 0.0)
+        assert torch.equal(a, a[..., :1, :1].expand_as(a)) and (a[:, channel, 0, 0] > a[:, 1 - channel, 0, 0] + 1e-6).all()
+    assert not AmortisedPCIM(net).attribute(new, 0, new).any()
+
+
+def test_an_onnx_session_gives_the_map_of_the_same_network_in_torch():
+    onnx, ort = pytest.importorskip("onnx", reason="onnx builds the session's model"), pytest.importorskip("onnxruntime", reason="ONNX Runtime answers for the classifier")
+    from onnx import TensorProto, helper, numpy_helper
+    w = torch.randn(2 * 16, 3, generator=torch.Generator().manual_seed(3))
+    graph = helper.make_graph(
+        [helper.make_node("AveragePool", ["x"], ["p"], kernel_shape=[8, 8], strides=[8, 8]), helper.make_node("Flatten", ["p"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["scores"])],
+        "pooled", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, 32, 32])], [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 3])], [numpy_helper.from_array(w.numpy(), "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    asked = []
+
+    def answer(x):
+        asked.append(len(x))
+        return session.run(["scores"], {"x": np.asarray(x, dtype=np.float32)})[0]
+
+    x = images()
+    a = BlackBoxPCIM(answer, "channel_pixel", budget=400).attribute(x, [0, 1, 2], 0.0)
+    assert sum(asked) <= 400 * len(x) + 8
+    same = BlackBoxPCIM(lambda z: torch.nn.functional.avg_pool2d(z, 8).flatten(1) @ w, "channel_pixel", budget=400).attribute(x, [0, 1, 2], 0.0)
+    assert torch.allclose(a, same, atol=1e-4 * float(same.abs().max()))
+    blocks, effect = torch.nn.functional.avg_pool2d(a, 8).flatten(1), torch.nn.functional.avg_pool2d(x, 8).flatten(1) * w.T
+    for got, due in zip(blocks, effect): assert got[due.argsort()[-8:]].mean() > 0 > got[due.argsort()[:16]].mean()               # what raises the score is for the class, what lowers it against
+
+
 MEMORY = """
 import resource, torch, warnings
 torch.set_num_threads(1); warnings.simplefilter('ignore')
