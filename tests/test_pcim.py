@@ -195,7 +195,8 @@ def test_mixing_network_by_channel_finds_the_stain_that_counts():
 
 
 def test_an_onnx_session_gives_the_map_of_the_same_network_in_torch():
-    onnx, ort = pytest.importorskip("onnx", reason="onnx builds the session's model"), pytest.importorskip("onnxruntime", reason="ONNX Runtime answers for the classifier")
+    pytest.importorskip("onnx", reason="onnx builds the session's model")
+    ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime answers for the classifier")
     from onnx import TensorProto, helper, numpy_helper
     w = torch.randn(2 * 16, 3, generator=torch.Generator().manual_seed(3))
     graph = helper.make_graph(
