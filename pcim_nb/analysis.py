@@ -39,16 +39,19 @@ from .linking import Agreement, BackgroundCheck, agreement, cell_differences, ch
 from .masking import curves_of, ends, series
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
 from .object_attribution import KEYS, attribution_by_object, mask_by_object
+from .pixelcam import PixelResult, PixelSettings, pixelcam_results
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
+from .quality_gate import Gate, quality_gate
 from .simulate import PHENOTYPES
+from .stargan import centre_regions, load_translator
 
 # %% auto #0
-__all__ = ['check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
+__all__ = ['UNFIT', 'check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
            'method_options', 'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped',
-           'as_logits', 'mask_options', 'swap', 'Hybrids', 'hybrids', 'Linked', 'read_profiles', 'get_profiles',
-           'primary_shares', 'cell_table', 'link', 'percent', 'percent_interval', 'top_channels', 'truth_check',
-           'Summary', 'summarise', 'treated_of', 'provenance', 'command', 'as_yaml', 'with_channel', 'save_tables',
-           'plain']
+           'as_logits', 'mask_options', 'checked_pairs', 'swap', 'localise_objects', 'Hybrids', 'hybrids', 'Linked',
+           'read_profiles', 'get_profiles', 'primary_shares', 'cell_table', 'link', 'percent', 'percent_interval',
+           'top_channels', 'truth_check', 'Summary', 'summarise', 'treated_of', 'provenance', 'command', 'as_yaml',
+           'with_channel', 'save_tables', 'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -66,6 +69,7 @@ def check_spec(spec: DatasetSpec, iset: ImageSet) -> None:
         raise PcimError(f"attribution.primary: {spec.attribution.primary} gives all channels the same map; expected a method that tells channels apart")
     for where, kind in (("attribution.baseline", spec.attribution.baseline), ("masking.counterfactual", spec.masking.counterfactual)):
         if kind == "exact" and iset.counterfactuals is None: raise PcimError(f"{where}: 'exact', but {spec.name} brings no counterfactuals; expected 'nearest' or 'blur'")
+    if spec.pixelcam is not None: PixelSettings.of(spec.pixelcam)
     _check_arguments(spec.model.train, train, "model.train", skip=("model", "iset", "split", "seed", "progress"))
     unknown = [f for f in spec.profiles.families or [] if f not in FAMILIES]
     if unknown: raise PcimError(f"profiles.families: unknown family {unknown[0]!r}; expected some of {', '.join(FAMILIES)}")
@@ -227,11 +231,12 @@ def map_without_training(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarr
 @dataclass
 class Swapped:
     """Pairs of images and counterfactuals, the maps between them, and the DAC results: of the primary method and of `Random` with one mask for all stains, and of the primary method by scenario.
-    `compared`: scenarios with one curve side by side, with the coherence of their hybrids (None where fewer than 20 real images are at hand). `alike`: how alike the channels' maps are, a row a pair of channels; `areas`: each
+    `gate`: what the quality gate found in all pairs, before any was left out. `compared`: scenarios with one curve side by side, with the coherence of their hybrids (None where fewer than 20 real images are at hand). `alike`: how alike the channels' maps are, a row a pair of channels; `areas`: each
     channel's share of the masks as they grow, `alike_p`: p-value for all channels' shares of attribution being alike; empty (NaN) for one channel. `along`: coherence by scenario, channel and mask size. `by_cell`: what the minimal masks change in each object, empty without label images. `notes`: what could not be done, and why."""
     pairs: Pairs
     maps: torch.Tensor
     results: dict[str, DacResult]
+    gate: Gate
     compared: Comparison | None = None
     by_cell: pd.DataFrame = field(default_factory=pd.DataFrame)
     alike: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -249,11 +254,25 @@ def mask_options(m: Masking) -> dict:
     "What `dac`, and the pictures of masks, are told of a dataset file's masking."
     return {"steps": m.steps, "closing": m.closing, "blur": m.blur, "normalisation": m.normalisation}
 
-def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bool = True, real_images: int = 300) -> Swapped:
-    """DAC curves between the images `idx` and their counterfactuals, by scenario, with a random control. The coherence of hybrids is measured against up to `real_images` other images of the set,
+UNFIT = ("nothing changed", "copy of a training image", "changed outside the cell")  # what the classifier gets wrong on either side, `dac` counts and leaves out itself
+
+def checked_pairs(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, split: Split | None = None, root=None) -> tuple[Pairs, Gate]:
+    "Pairs of the images `idx` from the source that the dataset file names, without those that the quality gate finds unfit, and the gate's findings for all of them. `split`: to say what was trained on."
+    m = spec.masking
+    given = find_path(m.folder, spec.base, data_root(root), "masking.folder") if m.folder else None
+    translator = load_translator(given) if m.counterfactual == "generated" else None
+    pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed, given=translator or given)
+    regions = centre_regions(iset, idx) if iset.objects and _centred(spec, iset) else None
+    gate = quality_gate(pairs, model, iset, None if split is None else np.union1d(split.train, split.val), regions, translator, seed=spec.seed)
+    fit = ~gate.pairs.reason.isin(UNFIT).to_numpy()
+    if not fit.any(): raise PcimError(f"masking.counterfactual: {gate.summary()}")
+    return pairs.subset(fit), gate
+
+def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bool = True, real_images: int = 300, split: Split | None = None, root=None) -> Swapped:
+    """DAC curves between the images `idx` and their counterfactuals, by scenario, with a random control; pairs that the quality gate finds unfit are left out. The coherence of hybrids is measured against up to `real_images` other images of the set,
     drawn evenly over classes and units."""
     m, scores, notes = spec.masking, as_logits(model), []
-    pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed)
+    pairs, gate = checked_pairs(spec, model, iset, idx, split, root)
     name, several = spec.attribution.primary, len(iset.channels) > 1
     maps = attribute_pairs(name, model, pairs, **method_options(name, spec.seed, spec.attribution.options.get(name)))
     same = (maps == 0).flatten(1).all(1).numpy()  # image and counterfactual do not differ for the classifier: nothing to rank
@@ -286,9 +305,14 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
     if iset.objects and results[name].scores.minimal_step.notna().any():
         try: by_cell = mask_by_object(results[name], pairs, maps, iset, spec.profiles.compartments, "center" if _centred(spec, iset) else "all", m.closing, m.blur, m.normalisation)
         except PcimError as e: notes.append(f"Minimal masks were not shared out over objects: {e}.")
-    return Swapped(pairs, maps, results, compared if compared is not None and len(compared.table) else None, by_cell, alike, areas, alike_p, along, notes)
+    return Swapped(pairs, maps, results, gate, compared if compared is not None and len(compared.table) else None, by_cell, alike, areas, alike_p, along, notes)
 
 # %% ../nbs/33_analysis.ipynb #cell-17
+def localise_objects(spec: DatasetSpec, model, iset: ImageSet, split: Split, folder: Path, progress: bool = True) -> PixelResult:
+    "PixelCAM as the dataset file's section `pixelcam` says, from the report's classifier or one of its own. Seed maps are kept in `folder`; trained and measured on the report's split."
+    return pixelcam_results(iset, split, spec.pixelcam, model if isinstance(model, nn.Module) else None, folder, spec.seed, progress=progress)
+
+# %% ../nbs/33_analysis.ipynb #cell-18
 @dataclass
 class Hybrids:
     "Hybrids n×C×H×W on the way from `start` to `end` (C×H×W), with their masks n×1×H×W and the masks' sizes (shares of the picture)."
@@ -307,7 +331,7 @@ def hybrids(pairs: Pairs, maps: torch.Tensor, i: int, channels: list[str], maski
     start, end = ends(one, masking.direction)
     return Hybrids(start[0], end[0], s.hybrids(start, end, first, at), s.masks(first, at), s.size[0, at].tolist())
 
-# %% ../nbs/33_analysis.ipynb #cell-19
+# %% ../nbs/33_analysis.ipynb #cell-20
 @dataclass
 class Linked:
     """Features and what they say. `profiles`: a row an object; `dropped`: features left out, and why; `units`: a row a well; `differences`: a row a contrast and feature.
@@ -451,7 +475,7 @@ def link(spec: DatasetSpec, model, iset: ImageSet, profiles: pd.DataFrame, expla
         if wells is not None: out.well_profiles = wells.selected
     return out
 
-# %% ../nbs/33_analysis.ipynb #cell-21
+# %% ../nbs/33_analysis.ipynb #cell-22
 def percent(x: float) -> str:
     "A share as a whole percentage."
     return f"{x:.0%}" if np.isfinite(x) else "–"
@@ -480,7 +504,7 @@ class Summary:
     numbers: dict
 
 def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evaluation, explained: Explained | None, untrained: float, swapped: Swapped | None,
-              linked: Linked | None, background: BackgroundCheck | None, failed: dict[str, str]) -> Summary:
+              linked: Linked | None, background: BackgroundCheck | None, failed: dict[str, str], located: PixelResult | None = None) -> Summary:
     """The report's opening and its warnings. Parts that could not be computed are None, with the reason in `failed`."""
     said, wary = [], []
     acc = evaluation.metrics.loc["balanced accuracy"]
@@ -516,7 +540,13 @@ def summarise(spec: DatasetSpec, iset: ImageSet, split: Split, evaluation: Evalu
         for m, why in explained.skipped.items(): wary.append(f"{m} was left out: {why}.")
         missing = [c for c in iset.classes if c not in set(top["class"])]
         if missing: wary.append(f"No test image of {', '.join(missing)} was classified right, so no map stands for it.")
+    if located is not None:
+        t = located.table[located.table["class"] == "all"].pivot(index="method", columns="measure", values="value")
+        numbers["pixelcam"] = {"seed": located.settings.seed, "gain": dict(zip(("value", "low", "high"), located.gain)), "methods": t.to_dict("index")}
+        said.append(located.summary())
     if swapped is not None:
+        numbers["gate"] = {r.measure: r.value for r in swapped.gate.numbers.itertuples()} | {"left out": dict(swapped.gate.reasons().iloc[1:].itertuples(index=False, name=None))}
+        wary += swapped.gate.wary
         main, control = (swapped.results[k] for k in (spec.attribution.primary, "Random"))
         if len(main.scores) and len(control.scores):
             a, b = main.scores["dac"], control.scores["dac"]
@@ -585,7 +615,7 @@ def treated_of(contrast: str) -> str:
 
 def _plural(word: str, n: int) -> str: return word if n == 1 else word + "s"
 
-# %% ../nbs/33_analysis.ipynb #cell-23
+# %% ../nbs/33_analysis.ipynb #cell-24
 def provenance(seed: int | None = None) -> dict[str, str]:
     "Versions, machine, seed and, in a checkout, the commit that made a report or measured a figure."
     packages = ("torch", "captum", "cp-measure", "scikit-learn", "scikit-image", "numpy", "pandas", "papermill")

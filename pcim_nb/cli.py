@@ -44,7 +44,13 @@ def _report(args) -> int:
 def _datasets(args) -> int:
     from pcim_nb.datasets import builtin_datasets, data_root, load_spec, open_dataset
     from pcim_nb.images import PcimError
-    try: root = data_root(args.data_root)
+    try:
+        root = data_root(args.data_root)
+        if args.show:
+            known = {p.stem: p for p in builtin_datasets()}
+            if args.show not in known: raise PcimError(f"--show {args.show}: no built-in data set of that name; found {', '.join(known)}")
+            print(known[args.show].read_text(encoding="utf-8"), end="")
+            return 0
     except PcimError as e:
         _say(f"pcim: error: {e}")
         return 1
@@ -71,6 +77,37 @@ def _batch(args) -> int:
     _say(f"pcim: {(table.state == 'done').sum()} of {len(table)} reports are there" + (f", {kept} of them from before" if kept else ""))
     print(Path(args.out).resolve() / "index.html", flush=True)
     return 1 if (table.state != "done").any() else 0
+
+def _counterfactual(args) -> int:
+    from pcim_nb.datasets import data_root, load_spec
+    from pcim_nb.images import PcimError
+    from pcim_nb.translate import counterfactual_command
+    failed = 0
+    for file in args.files:
+        try:
+            spec = load_spec(file, args.set)
+            done = counterfactual_command(spec, Path(args.out) / spec.name, data_root(args.data_root), progress=not args.quiet, device=args.device)
+        except PcimError as e:
+            failed += 1
+            _say(f"pcim: error: {e}")
+            continue
+        _say(f"pcim: {spec.name}: {done.summary()}")
+        print(done.folder, flush=True)
+    return 1 if failed else 0
+
+def _fetch(args) -> int:
+    from pcim_nb.fetch import PUBLIC, fetch
+    from pcim_nb.images import PcimError
+    if not args.names:
+        for s in PUBLIC.values(): print(f"{s.name:<10} {s.title} (for {', '.join(s.serves)})")
+        return 0
+    failed = 0
+    for name in args.names:
+        try: print(fetch(name, args.data_root, args.accept_licence, input if sys.stdin.isatty() else None, args.mirror, progress=not args.quiet, tell=_say), flush=True)
+        except PcimError as e:
+            failed += 1
+            _say(f"pcim: error: {e}")
+    return 1 if failed else 0
 
 def _bench(args) -> int:
     from pcim_nb.bench import check_table, run_bench
@@ -118,7 +155,23 @@ def parser() -> argparse.ArgumentParser:
     m.set_defaults(run=_batch)
     d = sub.add_parser("datasets", help="list the built-in dataset files and whether their images are there")
     d.add_argument("--data-root", **root)
+    d.add_argument("--show", metavar="NAME", help="print a built-in dataset file, to begin one's own with")
     d.set_defaults(run=_datasets)
+    f = sub.add_parser("fetch", help="bring public images to the data root; without a name, list what there is")
+    f.add_argument("names", nargs="*", metavar="NAME", help="a public image set")
+    f.add_argument("--data-root", **root)
+    f.add_argument("--accept-licence", action="store_true", help="accept the licence of restricted sets without being asked")
+    f.add_argument("--mirror", metavar="URL", help="take files of the same names from this address")
+    f.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    f.set_defaults(run=_fetch)
+    t = sub.add_parser("counterfactual", help="train a translator from class to class and write counterfactuals that pass the quality gate")
+    t.add_argument("files", nargs="+", metavar="FILE", help="a dataset file, or the name of a built-in one; its section `counterfactual` holds the settings")
+    t.add_argument("-o", "--out", default="pcim-counterfactuals", metavar="DIR", help="where to write, in a folder of the data set's name (default: %(default)s)")
+    t.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the dataset file, e.g. --set counterfactual.steps=500")
+    t.add_argument("--data-root", **root)
+    t.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda (default: a GPU where there is one)")
+    t.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    t.set_defaults(run=_counterfactual)
     b = sub.add_parser("bench", help="measure what this project promises; exit status 1 when a figure falls short")
     b.add_argument("names", nargs="+", metavar="NAME", help="a benchmark (a notebook of nbs/benchmarks), or the path of a notebook")
     b.add_argument("--small", action="store_true", help="the short form: within ten minutes on two cores")
@@ -133,5 +186,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try: return args.run(args)
     except KeyboardInterrupt:
-        _say("pcim: interrupted; the same command goes on from the trained model and the measured features")
+        _say("pcim: interrupted; the same command goes on from what is finished (trained models, checkpoints, measured features, downloads)")
         return 130

@@ -167,7 +167,8 @@ class Attributions(_Section):
 class Masking(_Section):
     """The swap between an image and its counterfactual: where the counterfactual comes from, in which `scenarios` it is swapped, and how masks are made (see `pcim_nb.masking` and `pcim_nb.dac`;
     the smoothing is argued for in `pcim_nb.hybrids`)."""
-    counterfactual: Literal["exact", "nearest", "blur"] = "nearest"
+    counterfactual: Literal["exact", "nearest", "generated", "pairs", "blur"] = "nearest"
+    folder: str | None = Field(None, description="of the translator (`generated`: made by `pcim counterfactual`), or of the pairs that another tool made (`pairs`: SOURCE CLASS/TARGET CLASS/NAME, or an .npz file)")
     scenarios: list[Literal["aggregate", "joint", "per_channel", "coherent", "single_channel"]] = Field(["aggregate", "joint", "per_channel", "coherent", "single_channel"], min_length=1)
     direction: Literal["to_image", "to_counterfactual"] = "to_image"
     mode: Literal["exact", "adaptive"] = "adaptive"
@@ -176,6 +177,11 @@ class Masking(_Section):
     closing: int = Field(5, ge=0)
     blur: int = Field(5, ge=0)
     images_per_class: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _named(self):
+        if self.counterfactual in ("generated", "pairs") and not self.folder: raise ValueError(f"counterfactual is {self.counterfactual!r}, but no folder is named")
+        return self
 
 class Profiles(_Section):
     """CellProfiler features: measured on the label images (`families`, in `compartments`), or read from `table`: what CellProfiler wrote (a folder of spreadsheets, where `objects` maps an object's name to its files
@@ -211,6 +217,8 @@ class DatasetSpec(_Section):
     attribution: Attributions = Attributions()
     masking: Masking = Masking()
     profiles: Profiles = Profiles()
+    counterfactual: dict[str, Any] | None = Field(None, description="how `pcim counterfactual` trains a translator; see `pcim_nb.translate`")
+    pixelcam: dict[str, Any] | None = Field(None, description="settings of PixelCAM, for sets with truth masks; then the report has a section on it; see `pcim_nb.pixelcam.PixelSettings`")
     seed: int = Field(0, ge=0)
     base: str = Field("", description="folder that relative paths start from; the dataset file's own, filled in when it is read")
 
