@@ -96,7 +96,7 @@ def output(o, pictures: Path, name: str, alt: str, up: str) -> str:
             (pictures / f"{name}.{ext}").write_bytes(content.encode() if ext == "svg" else base64.b64decode(content))
             return raw(f'<img src="{up}pictures/{name}.{ext}" alt="{html.escape(alt)}" loading="lazy">')
     if "text/markdown" in data: return "\n\n" + prose(data["text/markdown"]) + "\n\n"
-    if "text/html" in data: return raw(re.sub(r"<style.*?</style>|<script.*?</script>", "", data["text/html"], flags=re.S))
+    if "text/html" in data: return raw(re.sub(r"<style.*?</style>|<script.*?</script>", "", data["text/html"], flags=re.S).replace(' border="1"', ""))
     return raw(f"<pre><code>{html.escape(ANSI.sub('', data.get('text/plain', '')))}</code></pre>") if data.get("text/plain") and not data["text/plain"].startswith("<Figure") else ""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ class Study:
         if len(cells) == 0: raise PcimError(f"{spec.name}: no cell to look at; expected at least one")
         self.iset, self.model, self.cells, self.split, self.folder, self.root = iset, model, [int(i) for i in cells], split, folder, root
         self.scores = as_logits(model)
-        self.spec, self.skipped = usable_methods(spec, model, iset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)                    # said for each cell, see `warning`
+            self.spec, self.skipped = usable_methods(spec, model, iset)
         self.methods = [self.spec.attribution.primary, *(m for m in self.spec.attribution.methods if m != self.spec.attribution.primary)]
         self.views = {k: (k, 0) for k in self.spec.masking.scenarios if k != "single_channel"}
         if len(iset.channels) > 1: self.views |= {f"only {c}": ("single_channel", k) for k, c in enumerate(iset.channels)}
@@ -78,10 +81,18 @@ class Study:
     def map(self, i: int, method: str) -> Tensor:
         "Attribution of cell `i` towards its class, against its counterfactual, `1×C×H×W`."
         def make():
-            a = attribute_pairs(method, self.model, self.pair(i), **self.spec.attribution.options.get(method, {}))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                a = attribute_pairs(method, self.model, self.pair(i), **self.spec.attribution.options.get(method, {}))
+            self._kept["warning", i, method] = "; ".join(dict.fromkeys(str(v.message) for v in told if issubclass(v.category, UserWarning)))
             if not a.any(): raise PcimError(f"{method}: the attribution between this cell and its counterfactual is zero everywhere, so no pixel comes before another")
             return a
         return self._keep(("map", i, method), make)
+
+    def warning(self, i: int, method: str) -> str:
+        "What the method had to say against its own map of cell `i`; empty when nothing."
+        self.map(i, method)
+        return self._kept["warning", i, method]
 
     def series(self, i: int, method: str, view: str) -> Series:
         "The growing masks of cell `i`. Raises `PcimError` where the method does not tell channels apart and the view needs it."
@@ -271,7 +282,7 @@ class Explorer:
     def __init__(self, studies: Study | dict[str, Study | Callable[[], Study]], size: int = 190):
         self.studies = {studies.spec.name: studies} if isinstance(studies, Study) else dict(studies)
         if not self.studies: raise PcimError("studies: none given; expected at least one")
-        self.size, self._quiet, self._name, self._jitter, self.slots = size, False, None, {}, []
+        self.size, self._quiet, self._name, self._depth, self._failed, self._wrong, self._jitter, self.slots = size, False, None, 0, False, "", {}, []
         wide = w.Layout(width="auto", min_width="150px", flex="1 1 150px")
         pick = lambda name, **kw: w.Dropdown(description=name, style={"description_width": "auto"}, layout=w.Layout(**(wide.get_state(["width", "min_width", "flex"]) | kw)))
         self.data, self.cell, self.method, self.view = pick("data"), pick("cell", flex="3 1 320px"), pick("method"), pick("masks")
@@ -309,14 +320,17 @@ class Explorer:
 
     @contextmanager
     def _busy(self, what: str):
-        "Says what is being computed, and what went wrong."
+        "Says what is being computed, and what went wrong (`_failed`); what went wrong inside is not wiped out by what is around it."
+        self._depth, self._failed = self._depth + 1, False
         self.status.value = f"<i>{html.escape(what)} …</i>"
-        try:
-            yield
-            self.status.value = ""
+        try: yield
         except PcimError as e:
-            if self._name is None: raise                                   # nothing to show at all
-            self.status.value = f"<span style='color:#b3261e'>{html.escape(str(e))}</span>"
+            if self._name is None: raise                                    # nothing to show at all
+            self._failed, self._wrong = True, str(e)
+        finally: self._depth -= 1
+        if self._depth == 0:
+            self.status.value = f"<span style='color:#b3261e'>{html.escape(self._wrong)}</span>" if self._wrong else ""
+            self._wrong = ""
 
     def _open(self):
         "The data set that is chosen, with its controls."
@@ -381,7 +395,7 @@ class Explorer:
 
     def _show_cell(self):
         with self._busy("comparing the cell with its counterfactual"): self.study.pair(self.cell.value)
-        if self.status.value: return
+        if self._failed: return self._blank(PICTURES)
         self._show_curve()
         if self.tabs.selected_index == 2: self._follow()
 
@@ -399,15 +413,15 @@ class Explorer:
                 self.dac.data = []
                 self.dac.add_traces([*lines, point])
                 self.dac.update_layout(xaxis=dict(range=[-.01, 1.02], tickformat=".0%"), yaxis=dict(range=[min(-.05, r.score.min() - .05), max(1.05, r.score.max() + .05)]), title=dict(text=f"DAC score {s.dac_score(i, method, view):.2f}" + ("" if view in s.spec.masking.scenarios else f" ({_safe(mine)} alone)"), font_size=13, x=.02))
-        if self.status.value: self._blank()
+        if self._failed: self._blank()
         else: self._draw()
         if self.tabs.selected_index == 1: self._compare()
 
-    def _blank(self):
+    def _blank(self, which: Sequence[str] = ("hybrid", "mask", "attribution")):
         "Nothing can be shown for this choice; the reason stands in the status line."
         self.dac.data = []
         self.said.value = ""
-        for k in ("hybrid", "mask", "attribution"): self._picture(self.pictures[k], np.full((2, 2, 3), 235, np.uint8))
+        for k in which: self._picture(self.pictures[k], np.full((2, 2, 3), 235, np.uint8))
 
     def _draw(self):
         "All pictures anew: the look has changed, or the cell."
@@ -431,9 +445,14 @@ class Explorer:
         self.dac.data[-1].update(x=[step.size], y=[step.score])
         c = s.iset.classes
         role = {"training": " · <b>the classifier was trained on this cell</b>", "validation": " · a validation cell"}.get(s.role(i), "")
-        self.said.value = (f"<b>{step.size:.1%}</b> of the pixels put back · probability of <b>{html.escape(c[int(s.iset.labels[i])])}</b> {'gained' if s.spec.masking.direction == 'to_image' else 'lost'} <b>{step.score:.2f}</b> · "
-                           f"the classifier sees <b>{html.escape(c[step.predicted]) if step.predicted >= 0 else '?'}</b>{role}")
+        self.said.value = (f"<b>{step.size:.1%}</b> of the pixels put back · probability of <b>{html.escape(c[int(s.iset.labels[i])])}</b> {'gained' if s.spec.masking.direction == 'to_image' else 'lost'} <b>{round(step.score, 2) + 0.:.2f}</b> · "
+                           f"the classifier sees <b>{html.escape(c[step.predicted]) if step.predicted >= 0 else '?'}</b>{role}" + self._doubt(self.method.value))
         if self.tabs.selected_index == 1 and len(self._methods.children): self._compare_step(step.size, look)
+
+    def _doubt(self, method: str) -> str:
+        "The method's own warning, as HTML."
+        said = self.study.warning(self.cell.value, method)
+        return f"<br><span style='color:#8a5a00'>{html.escape(said)}</span>" if said else ""
 
     # ---- methods side by side ----
     def _compare(self):
@@ -447,7 +466,7 @@ class Explorer:
                 try:
                     curve = s.curve(i, m, view)
                     self._picture(pictures[0], look.attribution(s.map(i, m)[0].numpy()))
-                    said = f"DAC score {s.dac_score(i, m, view):.2f}"
+                    said = f"DAC score {s.dac_score(i, m, view):.2f}" + self._doubt(m)
                     lines.append(go.Scatter(x=curve.mask_size.to_numpy(), y=curve.score.to_numpy(), mode="lines", name=_safe(m), line=dict(color=color, width=2.4, dash=_DASHES[k % len(_DASHES)]), hovertemplate=f"<b>{_safe(m)}</b><br>mask %{{x:.1%}}<br>gain %{{y:.2f}}<extra></extra>"))
                     points.append(go.Scatter(x=[0.], y=[0.], mode="markers", showlegend=False, marker=dict(size=10, color=color), hoverinfo="skip"))
                     self._columns[m] = pictures[1]
@@ -494,7 +513,7 @@ class Explorer:
                 self.bars.add_bar(x=[], y=[], orientation="h", hovertemplate="%{y}<br>%{x:.1f}<extra></extra>")
                 self.bars.data[0].on_click(lambda trace, points, _: self._choose(self._tops[points.point_inds[0]]) if points.point_inds else None)
                 self._prepare_volcano()
-            if self.status.value: return
+            if self._failed: return
             self._choose(s.top_features(self.cell.value).feature.iloc[0] if len(s.top_features(self.cell.value)) else s.features.columns[0])
         self._follow()
 

@@ -39,10 +39,10 @@ __all__ = ['SIZES', 'settings_of', 'AdaIN', 'Generator', 'Mapping', 'StyleEncode
 
 # %% ../nbs/12_stargan.ipynb #cell-5
 SIZES: dict[str, dict] = {
-    'tiny': dict(patch=2, width=16, most=32, down=1, bottleneck=1, style=8, latent=4, hidden=32, layers=2, residual=True, skips=True, both=False, r1_every=8, batch=8, lr=1e-3, lr_mapping=1e-4, lr_critic=2e-3, ema=.98, outside=5., change=.1, jitter=.05, cross=True, mismatch=1., decay=True),
-    'small': dict(patch=2, width=24, most=48, down=2, bottleneck=1, style=16, latent=8, hidden=64, layers=4, residual=True, skips=True, both=False, r1_every=8, batch=8, lr=1e-3, lr_mapping=1e-4, lr_critic=2e-3, ema=.995, outside=25., change=.02, r1=3., jitter=.05, cross=True, mismatch=1., decay=True),
-    'medium': dict(patch=1, width=32, most=256, down=3, bottleneck=2, style=64, latent=16, hidden=256, layers=6, residual=True, skips=True, both=False, r1_every=4, batch=8, lr=2e-4, lr_mapping=2e-6, lr_critic=4e-4, ema=.999, outside=5., change=.1, jitter=.05, cross=True, mismatch=1., decay=True),
-    'published': dict(patch=1, width=64, most=512, down=4, bottleneck=2, style=64, latent=16, hidden=512, layers=8, residual=False, skips=False, both=True, r1_every=1, batch=8, lr=1e-4, lr_mapping=1e-6, lr_critic=1e-4, ema=.999, outside=0., change=0., jitter=0., cross=False, mismatch=0., decay=False),
+    'tiny': dict(patch=2, width=16, most=32, down=1, bottleneck=1, style=8, latent=4, hidden=32, layers=2, residual=True, skips=True, both=False, r1_every=8, batch=8, lr=1e-3, lr_mapping=1e-4, lr_critic=2e-3, ema=.98, outside=5., change=.1, jitter=.05, cross=True, mismatch=1., pool=True),
+    'small': dict(patch=2, width=24, most=48, down=2, bottleneck=1, style=16, latent=8, hidden=64, layers=4, residual=True, skips=True, both=False, r1_every=8, batch=8, lr=1e-3, lr_mapping=1e-4, lr_critic=2e-3, ema=.995, outside=25., change=.02, r1=3., jitter=.05, cross=True, mismatch=1., pool=True),
+    'medium': dict(patch=1, width=32, most=256, down=3, bottleneck=2, style=64, latent=16, hidden=256, layers=6, residual=True, skips=True, both=False, r1_every=4, batch=8, lr=2e-4, lr_mapping=2e-6, lr_critic=4e-4, ema=.999, outside=5., change=.1, jitter=.05, cross=True, mismatch=1., pool=True),
+    'published': dict(patch=1, width=64, most=512, down=4, bottleneck=2, style=64, latent=16, hidden=512, layers=8, residual=False, skips=False, both=True, r1_every=1, batch=8, lr=1e-4, lr_mapping=1e-6, lr_critic=1e-4, ema=.999, outside=0., change=0., jitter=0., cross=False, mismatch=0., pool=False),
 }
 _COMMON = dict(adversarial=1., r1=1., sty=1., diversity=1., cycle=1., weight_decay=1e-4)   # weights of the published losses
 
@@ -137,16 +137,21 @@ class Mapping(nn.Module):
         h = self.shared(z)
         return torch.stack([f(h) for f in self.own], 1)[torch.arange(len(y), device=y.device), y]
 
+class _Pool(nn.Module):
+    "Mean and maximum over positions, `N×F×h×w` → `N×2F`."
+    def forward(self, x: Tensor) -> Tensor: return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
 class _Critic(nn.Module):
     "Images `N×C×c×c` → `n` numbers a class, those of class `y`: trunk of style encoder and discriminator."
-    def __init__(self, channels: int, classes: int, crop: int, n: int, patch: int, width: int, most: int, **_):
+    def __init__(self, channels: int, classes: int, crop: int, n: int, patch: int, width: int, most: int, pool: bool, **_):
         super().__init__()
         side, down = crop // patch, 0
         while side >= 8: side, down = side // 2, down + 1
         w = _widths(width, most, down)
         self.patch, self.n, self.crop = patch, n, crop
-        self.trunk = nn.Sequential(nn.Conv2d(channels * patch**2, w[0], 3, 1, 1), *[_Block(a, b, down=True) for a, b in zip(w, w[1:])], nn.LeakyReLU(.2), nn.Conv2d(w[-1], w[-1], side), nn.LeakyReLU(.2), nn.Flatten())
-        self.heads = nn.Linear(w[-1], classes * n)
+        self.trunk = nn.Sequential(nn.Conv2d(channels * patch**2, w[0], 3, 1, 1), *[_Block(a, b, down=True) for a, b in zip(w, w[1:])], nn.LeakyReLU(.2),
+                                   *([_Pool()] if pool else [nn.Conv2d(w[-1], w[-1], side), nn.LeakyReLU(.2), nn.Flatten()]))
+        self.heads = nn.Linear(w[-1] * (1 + pool), classes * n)
     def all(self, x: Tensor) -> Tensor: return self.heads(self.trunk(F.pixel_unshuffle(x, self.patch))).unflatten(1, (-1, self.n))
     def forward(self, x: Tensor, y: Tensor) -> Tensor: return self.all(x)[torch.arange(len(y), device=y.device), y]
 
@@ -172,9 +177,11 @@ def _centre(x: Tensor, size: int) -> Tensor:
 class Translator(nn.Module):
     """Generator, mapping network and style encoder for `channels` (names) and `classes` (names), trained on windows of `crop` pixels.
 
-    `settings`: see `settings_of`. `mean` and `std` (buffers 1×C×1×1) bring intensities to the networks' scale."""
-    def __init__(self, channels: Sequence[str], classes: Sequence[str], crop: int, settings: dict, about: dict | None = None):
+    `settings`: see `settings_of`. `mean` and `std` (buffers 1×C×1×1) bring intensities to the networks' scale. `strength`: how many times the drawn change is applied (see `quality_gate.choose_strength`)."""
+    def __init__(self, channels: Sequence[str], classes: Sequence[str], crop: int, settings: dict, about: dict | None = None, strength: float = 1.):
         super().__init__()
+        if not 0 < strength <= 10: raise PcimError(f"translator: strength {strength}; expected a number above 0, up to 10")
+        self.strength = float(strength)
         self.channels, self.classes, self.crop, self.settings, self.about = list(channels), list(classes), int(crop), dict(settings), dict(about or {})
         step = settings['patch'] * 2**settings['down']
         if crop % step or crop < 4 * settings['patch']: raise PcimError(f"counterfactual.crop: {crop} pixels; expected a multiple of {step}, at least {4 * settings['patch']}")
@@ -197,7 +204,8 @@ class Translator(nn.Module):
         ph, pw = -h % step, -w % step
         x = F.pad((images - self.mean) / self.std, (pw // 2, pw - pw // 2, ph // 2, ph - ph // 2), mode='reflect') if ph or pw else (images - self.mean) / self.std
         out = self.generator(x, styles)[..., ph // 2:ph // 2 + h, pw // 2:pw // 2 + w]
-        return (out * self.std + self.mean).clamp(0, 1)
+        out = out * self.std + self.mean
+        return (out if self.strength == 1 else images + self.strength * (out - images)).clamp(0, 1)
 
     @torch.no_grad()
     def translate(self, images: Tensor, target: int | Sequence[int], references: Tensor | None = None, seed: int = 0, batch: int = 32) -> Tensor:
@@ -247,15 +255,15 @@ def _read(path: Path, what: str) -> tuple[dict[str, Tensor], dict]:
 def save_translator(translator: Translator, folder: str | Path) -> Path:
     "Writes `translator.safetensors` and `translator.json` into `folder`; returns the path of the weights."
     t = translator
-    return _save(Path(folder) / 'translator.safetensors', t.state_dict(), {'format': 'pcim_nb translator', 'channels': t.channels, 'classes': t.classes, 'crop': t.crop, 'settings': t.settings, 'about': t.about})
+    return _save(Path(folder) / 'translator.safetensors', t.state_dict(), {'format': 'pcim_nb translator', 'channels': t.channels, 'classes': t.classes, 'crop': t.crop, 'settings': t.settings, 'about': t.about, 'strength': t.strength})
 
 def load_translator(path: str | Path, device: str = 'cpu') -> Translator:
     "The translator that `save_translator` wrote (a folder, or the path of the weights). Raises one `PcimError` naming the file when anything is missing, damaged, or of another kind."
     path = Path(path)
     path = path / 'translator.safetensors' if path.suffix not in ('.safetensors', '.json') else path.with_suffix('.safetensors')
     tensors, about = _read(path, 'translator')
-    try: t = Translator(about['channels'], about['classes'], about['crop'], settings_of(**about['settings']), about['about'])
-    except (KeyError, TypeError) as e: raise PcimError(f"{path.with_suffix('.json')}: incomplete ({e}); expected channels, classes, crop, settings, about") from None
+    try: t = Translator(about['channels'], about['classes'], about['crop'], settings_of(**about['settings']), about['about'], about['strength'])
+    except (KeyError, TypeError) as e: raise PcimError(f"{path.with_suffix('.json')}: incomplete ({e}); expected channels, classes, crop, settings, about, strength") from None
     _fill(t, tensors, path)
     return t.to(memory_format=torch.channels_last).to(_device(device)).eval()
 
@@ -441,8 +449,6 @@ def _step(state: _State, x: Tensor, here: list[Tensor], where: Tensor | None, cr
     "One step of discriminator and generator, with styles from random numbers and from images: both, or in turns."
     t, d, s, g = state.net, state.d, state.net.settings, state.random
     losses: dict[str, float] = {}
-    if s['decay']:
-        for o, k in zip(state.optimizers.values(), ('lr', 'lr_mapping', 'lr', 'lr_critic')): o.param_groups[0]['lr'] = s[k] * min(1., .05 + 2 * (1 - state.step / steps))
     real, y_real, outside = _draw_batch(state, x, here, where, s['batch'], crop, device)
     ref, target, _ = _draw_batch(state, x, here, None, s['batch'], crop, device, y_real if s['cross'] else None)
     other = x[torch.stack([here[c][torch.randint(len(here[c]), (), generator=g)] for c in target.tolist()])]

@@ -17,8 +17,8 @@ from .analysis import get_classifier, plain, provenance, split_images
 from .counterfactual import Pairs, make_pairs, write_pairs
 from .datasets import DatasetSpec, load_spec, open_dataset
 from .images import ImageSet, PcimError
-from .quality_gate import Gate, gate_figure, quality_gate
-from .stargan import Translator, centre_regions, sample_figure, settings_of, train_translator
+from .quality_gate import Gate, choose_strength, gate_figure, quality_gate
+from .stargan import Translator, centre_regions, sample_figure, save_translator, settings_of, train_translator
 
 # %% auto #0
 __all__ = ['Counterfactual', 'counterfactual_settings', 'Translated', 'counterfactual_command']
@@ -87,6 +87,9 @@ def counterfactual_command(spec: DatasetSpec | str | Path, out: str | Path, root
     done = train_translator(iset, split.train, out, c.size, c.steps, c.crop, regions=centre_regions(iset, split.train, c.objects, c.grow) if keep else None,
                             seed=spec.seed, every=c.every, device=device, progress=progress, **c.settings)
     judge = get_classifier(spec, iset, split, iset.check(), out / 'classifier', root, progress).model
+    strengths = choose_strength(done.translator, judge, iset, split.val, seed=spec.seed)
+    save_translator(done.translator, out)
+    strengths.to_csv(out / 'strength.csv', index=False)
     test = _some(iset, split.test, c.images_per_class, spec.seed)
     pairs = make_pairs(iset, test, 'generated', seed=spec.seed, given=done.translator)
     gate = quality_gate(pairs, judge, iset, np.union1d(split.train, split.val), centre_regions(iset, test, c.objects) if iset.objects else None, done.translator, seed=spec.seed)
@@ -97,7 +100,7 @@ def counterfactual_command(spec: DatasetSpec | str | Path, out: str | Path, root
     gate_figure(gate).savefig(out / 'gate.png')
     some = _some(iset, split.test, max(1, 8 // len(iset.classes)), spec.seed)
     sample_figure(done.translator, iset.load(some), iset.labels[some], spec.seed).savefig(out / 'examples.png')
-    about = {'name': spec.name, 'settings': asdict(c), 'training_seconds': round(done.seconds, 1), 'steps': done.translator.about['step'], 'summary': gate.summary(), 'said': gate.said, 'wary': gate.wary, 'notes': done.notes,
+    about = {'name': spec.name, 'settings': asdict(c), 'training_seconds': round(done.seconds, 1), 'steps': done.translator.about['step'], 'strength': done.translator.strength, 'summary': gate.summary(), 'said': gate.said, 'wary': gate.wary, 'notes': done.notes,
              'numbers': {m: plain(v) for m, v in zip(gate.numbers['measure'], gate.numbers['value'])}, 'made_with': provenance(spec.seed), 'written': time.strftime('%Y-%m-%d %H:%M:%S')}
     (out / 'counterfactual.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False), encoding='utf-8')
     return Translated(out, done.translator, passed, gate, done.seconds, done.notes)

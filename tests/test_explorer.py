@@ -165,6 +165,34 @@ def test_what_cannot_be_shown_is_said(study):
     with pytest.raises(PcimError, match="no_such_file"): explore("no_such_file.yaml")
 
 
+def test_a_cell_without_counterfactual_is_not_shown_as_another(study, monkeypatch):
+    from pcim_nb import explorer
+    ex = Explorer(study)
+    def refuse(*args, **kw): raise PcimError("counterfactuals: none for this cell; expected one")
+    monkeypatch.setattr(explorer, "make_pairs", refuse)
+    ex.select(0)                                                                                      # a cell that was not on the list
+    assert "none for this cell" in ex.status.value and not ex.dac.data and all(shown(v).std() == 0 for v in ex.pictures.values())
+    ex.select(study.cells[1])                                                                         # one whose pair was made before
+    assert ex.status.value == "" and ex.dac.data and shown(ex.pictures["image"]).std() > 0
+
+
+def test_a_method_that_doubts_its_map_says_so(study, monkeypatch):
+    import warnings
+
+    from pcim_nb import explorer
+    made = explorer.attribute_pairs
+    def doubtful(name, *args, **kw):
+        if name == "Residual": warnings.warn("Residual: do not <trust> this", stacklevel=2)
+        return made(name, *args, **kw)
+    monkeypatch.setattr(explorer, "attribute_pairs", doubtful)
+    ex = Explorer(study)
+    assert "trust" not in ex.said.value
+    ex.method.value = "Residual"
+    assert "do not &lt;trust&gt; this" in ex.said.value and ex.dac.data
+    ex.mask.value = 3
+    assert "do not &lt;trust&gt; this" in ex.said.value
+
+
 def test_no_figure_sends_anything(study):
     ex = Explorer(study)
     for fig in (ex.dac, ex.compared, ex.volcano, ex.strip, ex.bars):

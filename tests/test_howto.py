@@ -59,7 +59,7 @@ def test_python_runs(page, desk, monkeypatch):
     namespace = {"__name__": "page"}
     for text in blocks(page, "python"): exec(compile(re.sub(r"epochs=30", "epochs=2", text), f"{page.name}", "exec"), namespace)
     if page.stem == "4_cellprofiler": assert len(namespace["table"]) == 24 and namespace["table"].Cells_Intensity_MeanIntensity_ER.astype(float).sum() == sum(range(24))
-    if page.stem == "5_your_classifier": assert namespace["share"][0, 1] > .95                # it reads the second stain only
+    if page.stem == "5_your_classifier": assert namespace["share"][0, 1] > .85                # it reads the second stain only
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
