@@ -63,7 +63,8 @@ class Checks:
         return table
 
     def done(self) -> pd.DataFrame:
-        "All checks as a table."
+        "All checks as a table, names in full."
+        pd.set_option("display.max_colwidth", None)
         return check_table(self.rows)
 
 def check_table(rows: list[dict]) -> pd.DataFrame:

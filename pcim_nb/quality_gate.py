@@ -240,7 +240,7 @@ def quality_gate(pairs: Pairs, forward_func: Callable, iset: ImageSet, training:
 # %% ../nbs/12_quality_gate.ipynb #cell-20
 STRENGTHS = (1., 1.2, 1.4, 1.6, 1.8, 2.)
 
-def choose_strength(translator: Translator, forward_func: Callable, iset: ImageSet, validation: Sequence[int], wanted: float = .9, strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> pd.DataFrame:
+def choose_strength(translator: Translator, forward_func: Callable, iset: ImageSet, validation: Sequence[int], wanted: float = .85, strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> pd.DataFrame:
     """Sets `translator.strength` to the smallest of `strengths` at which at least `wanted` of the counterfactuals of the images at `validation` are called as intended, or else to the one at which most are (the smaller of equals).
 
     Returns a row a strength: `strength`, `converted`, `frechet` (mean over classes, from the validation images of the class; NaN under 8), `chosen`. Raises `PcimError` without validation images."""

@@ -377,7 +377,11 @@ def _resume(state: _State, folder: Path, key: dict) -> list[str]:
             warnings.warn(notes[-1], stacklevel=3)
             continue
         if other := [k for k in key if about['key'].get(k) != key[k]]:
-            raise PcimError(f"{path}: belongs to another training ({other[0]}: found {str(about['key'].get(other[0]))[:60]}, expected {str(key[other[0]])[:60]}); name another folder, or remove this one to start anew")
+            old, new = about['key'].get(other[0]), key[other[0]]
+            if isinstance(new, dict) and isinstance(old, dict):
+                k = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+                other, old, new = [f'{other[0]}.{k}'], old.get(k), new.get(k)
+            raise PcimError(f"{path}: belongs to another training ({other[0]}: found {str(old)[:60]}, expected {str(new)[:60]}); name another folder, or remove this one to start anew")
         state.load(tensors, about, path)
         break
     return notes
