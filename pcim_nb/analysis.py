@@ -31,7 +31,7 @@ from .classifiers import Evaluation, Split, build, check_split, evaluate, load_w
 from .counterfactual import Pairs, attribute_pairs, make_pairs
 from .cytominer import well_profiles
 from .dac import DacResult, dac
-from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, read_table, reports_folder
+from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, open_dataset, read_table, reports_folder
 from .enrichment import Enrichment, enrichment
 from .hybrids import Coherence, Comparison, area_shares, compare_scenarios, hybrid_coherence, map_similarity, share_test, steps_at
 from .images import ImageSet, PcimError
@@ -39,7 +39,7 @@ from .linking import Agreement, BackgroundCheck, agreement, cell_differences, ch
 from .masking import curves_of, ends, series
 from .metrics import channel_shares, object_shares, relevance_mass, relevance_rank
 from .object_attribution import KEYS, attribution_by_object, mask_by_object
-from .pixelcam import PixelResult, PixelSettings, pixelcam_results
+from .pixelcam import PixelResult, PixelSettings, pixelcam_results, save_result
 from .profiles import FAMILIES, aggregate, clean, feature_table, measure
 from .quality_gate import Gate, quality_gate
 from .simulate import PHENOTYPES
@@ -48,10 +48,10 @@ from .stargan import centre_regions, load_translator
 # %% auto #0
 __all__ = ['UNFIT', 'check_spec', 'split_images', 'Trained', 'get_classifier', 'word', 'evaluate_test', 'choose', 'Explained',
            'method_options', 'attributions', 'usable_methods', 'regions', 'explain', 'map_without_training', 'Swapped',
-           'as_logits', 'mask_options', 'checked_pairs', 'swap', 'localise_objects', 'Hybrids', 'hybrids', 'Linked',
-           'read_profiles', 'get_profiles', 'primary_shares', 'cell_table', 'link', 'percent', 'percent_interval',
-           'top_channels', 'truth_check', 'Summary', 'summarise', 'treated_of', 'provenance', 'command', 'as_yaml',
-           'with_channel', 'save_tables', 'plain']
+           'as_logits', 'mask_options', 'checked_pairs', 'swap', 'localise_objects', 'make_pixelcam', 'Hybrids',
+           'hybrids', 'Linked', 'read_profiles', 'get_profiles', 'primary_shares', 'cell_table', 'link', 'percent',
+           'percent_interval', 'top_channels', 'truth_check', 'Summary', 'summarise', 'treated_of', 'provenance',
+           'command', 'as_yaml', 'with_channel', 'save_tables', 'plain']
 
 # %% ../nbs/33_analysis.ipynb #cell-5
 def _check_arguments(given: dict, func, field: str, skip: tuple = ()) -> None:
@@ -311,6 +311,17 @@ def swap(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, progress: bo
 def localise_objects(spec: DatasetSpec, model, iset: ImageSet, split: Split, folder: Path, progress: bool = True) -> PixelResult:
     "PixelCAM as the dataset file's section `pixelcam` says, from the report's classifier or one of its own. Seed maps are kept in `folder`; trained and measured on the report's split."
     return pixelcam_results(iset, split, spec.pixelcam, model if isinstance(model, nn.Module) else None, folder, spec.seed, progress=progress)
+
+def make_pixelcam(spec: DatasetSpec, out: Path, root=None, progress: bool = True) -> PixelResult:
+    "PixelCAM alone, without a report: trains what the dataset file's section `pixelcam` says (its defaults where there is none) and writes the model, the measures and the seeds into `out`."
+    iset = open_dataset(spec, root)
+    check_spec(spec, iset)
+    split = split_images(spec, iset)
+    own = (spec.pixelcam or {}).get("architecture")
+    model = None if own else get_classifier(spec, iset, split, iset.check(), out / "classifier", root, progress).model
+    result = localise_objects(spec, model, iset, split, out, progress)
+    save_result(result, out)
+    return result
 
 # %% ../nbs/33_analysis.ipynb #cell-18
 @dataclass

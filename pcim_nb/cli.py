@@ -95,6 +95,24 @@ def _counterfactual(args) -> int:
         print(done.folder, flush=True)
     return 1 if failed else 0
 
+def _pixelcam(args) -> int:
+    from pcim_nb.analysis import make_pixelcam
+    from pcim_nb.datasets import data_root, load_spec
+    from pcim_nb.images import PcimError
+    failed = 0
+    for file in args.files:
+        try:
+            spec = load_spec(file, args.set)
+            out = Path(args.out).resolve() / spec.name
+            done = make_pixelcam(spec, out, data_root(args.data_root), progress=not args.quiet)
+        except PcimError as e:
+            failed += 1
+            _say(f"pcim: error: {e}")
+            continue
+        _say(f"pcim: {spec.name}: {done.summary()}")
+        print(out, flush=True)
+    return 1 if failed else 0
+
 def _fetch(args) -> int:
     from pcim_nb.fetch import PUBLIC, fetch
     from pcim_nb.images import PcimError
@@ -164,6 +182,13 @@ def parser() -> argparse.ArgumentParser:
     f.add_argument("--mirror", metavar="URL", help="take files of the same names from this address")
     f.add_argument("-q", "--quiet", action="store_true", help="no progress")
     f.set_defaults(run=_fetch)
+    x = sub.add_parser("pixelcam", help="train PixelCAM on images with truth masks and measure it; writes the model and its tables")
+    x.add_argument("files", nargs="+", metavar="FILE", help="a dataset file, or the name of a built-in one; its section `pixelcam` holds the settings")
+    x.add_argument("-o", "--out", default="pcim-pixelcam", metavar="DIR", help="where to write, in a folder of the data set's name (default: %(default)s)")
+    x.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the dataset file, e.g. --set pixelcam.seed=CAM")
+    x.add_argument("--data-root", **root)
+    x.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    x.set_defaults(run=_pixelcam)
     t = sub.add_parser("counterfactual", help="train a translator from class to class and write counterfactuals that pass the quality gate")
     t.add_argument("files", nargs="+", metavar="FILE", help="a dataset file, or the name of a built-in one; its section `counterfactual` holds the settings")
     t.add_argument("-o", "--out", default="pcim-counterfactuals", metavar="DIR", help="where to write, in a folder of the data set's name (default: %(default)s)")

@@ -220,6 +220,7 @@ def quality_gate(pairs: Pairs, forward_func: Callable, iset: ImageSet, training:
             if min(len(i), len(j)) < 8: continue
             d = distances[iset.classes[c]] = frechet_distance(made[i], features(forward_func, iset.load(j)), before[i], seed=seed)
             add(f'Fréchet distance to {iset.classes[c]}', d.value, max(0., d.value - 1.96 * d.error), d.value + 1.96 * d.error, d.n, f'two real samples: {d.real:.2g} (95 % below {d.real_high:.2g}); untranslated: {d.untranslated:.2g}; {d.n_real} real images')
+            if d.value > d.real_high: wary.append(f"Taken together, the counterfactuals as {iset.classes[c]} can be told from real images: Fréchet distance {d.value:.2g}, two real samples {d.real:.2g}, untranslated {d.untranslated:.2g}.")
     if translator is not None:
         i = np.linspace(0, len(pairs) - 1, min(64, len(pairs))).astype(int)
         x, made = pairs.images[torch.as_tensor(i)], pairs.counterfactuals[torch.as_tensor(i)]

@@ -276,13 +276,14 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     module.load_state_dict(tensors)
 
 # %% ../nbs/12_stargan.ipynb #cell-17
-def _critic_loss(d: Discriminator, real: Tensor, y: Tensor, fake: Tensor, y_fake: Tensor, r1: float, mismatch: float = 0.) -> Tensor:
+def _critic_loss(d: Discriminator, real: Tensor, y: Tensor, fake: Tensor | None, y_fake: Tensor | None, r1: float, mismatch: float = 0.) -> Tensor:
     "Loss of the discriminator; `r1` > 0 adds that much of the gradient penalty at real images (Mescheder et al. 2018), `mismatch` that much of a loss for taking a real image for one of another class (Reed et al. 2016)."
     real = real.detach().requires_grad_(r1 > 0)
     scores = d.all(real)[..., 0]
     mine = F.one_hot(y, scores.shape[1]).bool()
     score = scores[mine]
-    loss = F.softplus(-score).mean() + F.softplus(d(fake.detach(), y_fake)).mean()
+    loss = F.softplus(-score).mean()
+    if fake is not None: loss = loss + F.softplus(d(fake.detach(), y_fake)).mean()
     if r1 > 0:
         slope, = torch.autograd.grad(score.sum(), real, create_graph=True)
         loss = loss + r1 * .5 * slope.square().flatten(1).sum(1).mean()
@@ -394,10 +395,11 @@ def default_crop(height: int, width: int, settings: dict) -> int:
     return min(height, width) // step * step
 
 def train_translator(iset: ImageSet, idx: Sequence[int], folder: str | Path | None = None, size: str = 'small', steps: int = 2000, crop: int | None = None, labels: Sequence[int] | None = None, regions: np.ndarray | None = None,
-                     seed: int = 0, every: int = 250, keep: int = 2, pictures: bool = True, device: str = 'auto', progress: bool = True, **changes) -> Training:
+                     seed: int = 0, every: int = 250, keep: int = 2, warm_up: int = 0, pictures: bool = True, device: str = 'auto', progress: bool = True, **changes) -> Training:
     """Learns to translate between the classes of `iset` from the images at `idx` (the training part, and nothing else).
 
     `size` and `changes`: see `settings_of`. `crop`: windows of that many pixels (default: the largest that fits), cut at random and flipped; one size must fit all. `labels`: other classes than the set's, one for each of `idx` (shuffled, for a control).
+    `warm_up`: so many steps the discriminator first learns alone, from real images of right and wrong classes; cheap, and worth it where classes differ in fine texture, of which an untaught discriminator has nothing to say to the generator.
     `regions` (bool `n×H×W`, one for each of `idx`): where changes are wanted; outside they cost `outside`. Every `every` steps a checkpoint (the last `keep` stay) and, with `pictures`, a sheet of samples go to `folder`, at the end the translator
     (see `load_translator`). Called again with the same arguments it continues where it was, or loads what is done. The same seed gives the same result on the same machine and number of threads.
     Raises `PcimError` for settings, images or classes that don't fit, a folder with another training, and losses that are no numbers."""
@@ -414,12 +416,16 @@ def train_translator(iset: ImageSet, idx: Sequence[int], folder: str | Path | No
     t = Translator(iset.channels, iset.classes, crop, s)
     t.mean.copy_(x.mean((0, 2, 3), keepdim=True)); t.std.copy_(x.std((0, 2, 3), keepdim=True).clamp(min=1e-4))
     state = _State(t, seed, device)
-    key = {'settings': s, 'seed': seed, 'crop': crop, 'steps': steps, 'channels': t.channels, 'classes': t.classes, 'images': _fingerprint(x, y), 'regions': where is not None}
+    key = {'settings': s, 'seed': seed, 'crop': crop, 'steps': steps, 'channels': t.channels, 'classes': t.classes, 'images': _fingerprint(x, y), 'regions': where is not None, **({'warm_up': warm_up} if warm_up else {})}
     folder, notes = None if folder is None else Path(folder), []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         notes = _resume(state, folder, key)
     resumed, before = state.step, state.seconds
+    for i in tqdm(range(warm_up if state.step == 0 else 0), desc='discriminator', unit='step', disable=not progress or not warm_up, mininterval=1):
+        real, y_real, _ = _draw_batch(state, x, here, None, s['batch'], crop, device)
+        loss = _critic_loss(state.d, real, y_real, None, None, s['r1'] * s['r1_every'] if i % s['r1_every'] == 0 else 0., max(s['mismatch'], 1.))
+        state.optimizers['discriminator'].zero_grad(set_to_none=True); loss.backward(); state.optimizers['discriminator'].step()
     bar = tqdm(range(state.step, steps), desc='translator', unit='step', initial=state.step, total=steps, disable=not progress, mininterval=1)
     for _ in bar:
         losses = _step(state, x, here, where, crop, steps, device)
@@ -430,7 +436,7 @@ def train_translator(iset: ImageSet, idx: Sequence[int], folder: str | Path | No
         if folder is not None and (state.step % every == 0 or state.step == steps):
             state.seconds = before + time.monotonic() - start
             _save(folder / 'checkpoints' / f'step_{state.step:07d}.safetensors', state.tensors(), {'format': 'pcim_nb checkpoint', 'step': state.step, 'key': key, 'history': state.history, 'seconds': state.seconds})
-            for old in checkpoints(folder)[:-keep]: old.with_suffix('.json').unlink(missing_ok=True); old.unlink()
+            for old in checkpoints(folder)[:-keep]: old.with_suffix('.json').unlink(missing_ok=True); old.unlink(missing_ok=True)
             if pictures: _write(folder / 'samples' / f'step_{state.step:07d}.png', sample_sheet(state.ema, *_examples(x, here)))
     bar.close()
     if folder is None: state.seconds = time.monotonic() - start

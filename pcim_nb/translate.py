@@ -26,12 +26,13 @@ __all__ = ['Counterfactual', 'counterfactual_settings', 'Translated', 'counterfa
 # %% ../nbs/34_translate.ipynb #cell-5
 @dataclass(frozen=True)
 class Counterfactual:
-    """What a dataset file's section `counterfactual` may say. `size` and `settings`: see `stargan.settings_of`; `steps` of training; `crop`: pixels of the windows (default: as large as fits); `every`: steps between checkpoints;
+    """What a dataset file's section `counterfactual` may say. `size` and `settings`: see `stargan.settings_of`; `steps` of training; `crop`: pixels of the windows (default: as large as fits); `every`: steps between checkpoints; `warm_up`: steps in which the discriminator learns alone at first (for fine textures, some hundreds);
     `objects`: label images of the cell, `grow`: by how many pixels its outline is grown (`keep_outside: false`: changes may be anywhere); `write`: `folders`, `npz` or `none`; `images_per_class`: so many test images at most (default: all)."""
     size: str = 'small'
     steps: int = 2000
     crop: int | None = None
     every: int = 250
+    warm_up: int = 0
     objects: str | None = None
     grow: int = 2
     keep_outside: bool = True
@@ -46,7 +47,7 @@ def counterfactual_settings(values: dict | None = None) -> Counterfactual:
         if k not in known: raise PcimError(f"counterfactual.{k}: unknown field; expected one of {', '.join(known)}")
     out = Counterfactual(**values)
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-    for k, least, may in (('steps', 1, False), ('every', 1, False), ('grow', 0, False), ('crop', 8, True), ('images_per_class', 1, True)):
+    for k, least, may in (('steps', 1, False), ('every', 1, False), ('warm_up', 0, False), ('grow', 0, False), ('crop', 8, True), ('images_per_class', 1, True)):
         v = getattr(out, k)
         if not (whole(v) and v >= least) and not (may and v is None): raise PcimError(f"counterfactual.{k}: found {v!r}, expected a whole number from {least}")
     if out.write not in ('folders', 'npz', 'none'): raise PcimError(f"counterfactual.write: found {out.write!r}, expected folders, npz or none")
@@ -85,7 +86,7 @@ def counterfactual_command(spec: DatasetSpec | str | Path, out: str | Path, root
     split = split_images(spec, iset)
     keep = c.keep_outside and bool(iset.objects)
     done = train_translator(iset, split.train, out, c.size, c.steps, c.crop, regions=centre_regions(iset, split.train, c.objects, c.grow) if keep else None,
-                            seed=spec.seed, every=c.every, device=device, progress=progress, **c.settings)
+                            seed=spec.seed, every=c.every, warm_up=c.warm_up, device=device, progress=progress, **c.settings)
     judge = get_classifier(spec, iset, split, iset.check(), out / 'classifier', root, progress).model
     strengths = choose_strength(done.translator, judge, iset, split.val, seed=spec.seed)
     save_translator(done.translator, out)
