@@ -28,7 +28,7 @@ from .association import AgreementScore, Association, Prediction, agreement_scor
 from .attribution import METHODS, all_methods, make, make_baseline
 from .cellprofiler import is_cellprofiler, match, read_cellprofiler
 from .classifiers import Evaluation, Split, build, check_split, evaluate, load_weights, predict, save_classifier, split_by_column, split_groups, train
-from .counterfactual import Pairs, attribute_pairs, make_pairs
+from .counterfactual import Pairs, attribute_pairs, make_pairs, pair_table
 from .cytominer import well_profiles
 from .dac import DacResult, dac
 from .datasets import DatasetSpec, Masking, SimulatedImages, data_root, find_path, metadata_name, open_dataset, read_table, reports_folder
@@ -260,10 +260,15 @@ def checked_pairs(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, spl
     "Pairs of the images `idx` from the source that the dataset file names, without those that the quality gate finds unfit, and the gate's findings for all of them. `split`: to say what was trained on."
     m = spec.masking
     given = find_path(m.folder, spec.base, data_root(root), "masking.folder") if m.folder else None
-    translator = load_translator(given) if m.counterfactual == "generated" else None
+    translator, drawn, idx = load_translator(given) if m.counterfactual == "generated" else None, m.counterfactual in ("generated", "pairs"), np.asarray(idx)
+    here = np.isin(idx, pair_table(given, iset)["index"]) if m.counterfactual == "pairs" else np.ones(len(idx), bool)
+    if not here.any(): raise PcimError(f"masking.folder: {m.folder} holds a counterfactual of none of the {len(idx)} test images that were chosen; expected SOURCE CLASS/TARGET CLASS/NAME for some of them")
+    idx = idx[here]
     pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed, given=translator or given)
     regions = centre_regions(iset, idx) if iset.objects and _centred(spec, iset) else None
-    gate = quality_gate(pairs, model, iset, None if split is None else np.union1d(split.train, split.val), regions, translator, seed=spec.seed)
+    # whether a picture copies a training image is a question for drawn ones only
+    gate = quality_gate(pairs, model, iset, np.union1d(split.train, split.val) if drawn and split is not None else None, regions, translator, seed=spec.seed)
+    if not here.all(): gate.wary.append(f"{(~here).sum()} of {len(here)} chosen test images have no picture in {m.folder} and were left out.")
     fit = ~gate.pairs.reason.isin(UNFIT).to_numpy()
     if not fit.any(): raise PcimError(f"masking.counterfactual: {gate.summary()}")
     return pairs.subset(fit), gate
