@@ -258,17 +258,19 @@ UNFIT = ("nothing changed", "copy of a training image", "changed outside the cel
 
 def checked_pairs(spec: DatasetSpec, model, iset: ImageSet, idx: np.ndarray, split: Split | None = None, root=None) -> tuple[Pairs, Gate]:
     "Pairs of the images `idx` from the source that the dataset file names, without those that the quality gate finds unfit, and the gate's findings for all of them. `split`: to say what was trained on."
-    m = spec.masking
+    m, idx, lacking = spec.masking, np.asarray(idx), 0
     given = find_path(m.folder, spec.base, data_root(root), "masking.folder") if m.folder else None
-    translator, drawn, idx = load_translator(given) if m.counterfactual == "generated" else None, m.counterfactual in ("generated", "pairs"), np.asarray(idx)
-    here = np.isin(idx, pair_table(given, iset)["index"]) if m.counterfactual == "pairs" else np.ones(len(idx), bool)
-    if not here.any(): raise PcimError(f"masking.folder: {m.folder} holds a counterfactual of none of the {len(idx)} test images that were chosen; expected SOURCE CLASS/TARGET CLASS/NAME for some of them")
-    idx = idx[here]
+    translator = load_translator(given) if m.counterfactual == "generated" else None
+    if m.counterfactual == "pairs":
+        here = np.isin(idx, pair_table(given, iset)["index"])
+        if not here.any(): raise PcimError(f"masking.folder: {m.folder} holds a counterfactual of none of the {len(idx)} test images that were chosen; expected SOURCE CLASS/TARGET CLASS/NAME for some of them")
+        idx, lacking = idx[here], int((~here).sum())
     pairs = make_pairs(iset, idx, m.counterfactual, seed=spec.seed, given=translator or given)
     regions = centre_regions(iset, idx) if iset.objects and _centred(spec, iset) else None
     # whether a picture copies a training image is a question for drawn ones only
+    drawn = m.counterfactual in ("generated", "pairs")
     gate = quality_gate(pairs, model, iset, np.union1d(split.train, split.val) if drawn and split is not None else None, regions, translator, seed=spec.seed)
-    if not here.all(): gate.wary.append(f"{(~here).sum()} of {len(here)} chosen test images have no picture in {m.folder} and were left out.")
+    if lacking: gate.wary.append(f"{lacking} of {lacking + len(idx)} chosen test images have no picture in {m.folder} and were left out.")
     fit = ~gate.pairs.reason.isin(UNFIT).to_numpy()
     if not fit.any(): raise PcimError(f"masking.counterfactual: {gate.summary()}")
     return pairs.subset(fit), gate

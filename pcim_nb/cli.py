@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
@@ -19,25 +19,29 @@ __all__ = ['parser', 'main']
 # %% ../nbs/35_cli.ipynb #cell-4
 def _say(text: str) -> None: print(text, file=sys.stderr, flush=True)
 
-def _report(args) -> int:
-    from pcim_nb.datasets import data_root, load_spec  # imported when needed: `pcim --version` should not wait for torch
-    from pcim_nb.images import PcimError
-    from pcim_nb.report import run_report
+def _each(names: Sequence[str], do: Callable[[str], None]) -> int:
+    "`do` for each of `names`, one after the other; what goes wrong with one is told and counted, and the others go on. Returns how many failed."
+    from pcim_nb.images import PcimError  # imported when needed: `pcim --version` should not wait for torch
     failed = 0
-    for file in args.files:
-        start = time.monotonic()
-        try:
-            root = data_root(args.data_root)
-            spec = load_spec(file, args.set)
-            _say(f"pcim: {spec.name}: {spec.title or spec.images.reader}")
-            page = run_report(spec, args.out, root, code=args.code, log=None if args.quiet else sys.stderr)
+    for name in names:
+        try: do(name)
         except PcimError as e:
             failed += 1
             _say(f"pcim: error: {e}")
             if getattr(e, "page", None): _say(f"pcim: what was done until then: {e.page}")
-            continue
+    return failed
+
+def _report(args) -> int:
+    from pcim_nb.datasets import data_root, load_spec
+    from pcim_nb.report import run_report
+    def report(file):
+        start, root = time.monotonic(), data_root(args.data_root)
+        spec = load_spec(file, args.set)
+        _say(f"pcim: {spec.name}: {spec.title or spec.images.reader}")
+        page = run_report(spec, args.out, root, code=args.code, log=None if args.quiet else sys.stderr)
         _say(f"pcim: {spec.name}: done in {time.monotonic() - start:.0f} s")
         print(page, flush=True)
+    failed = _each(args.files, report)
     if failed: _say(f"pcim: {failed} of {len(args.files)} reports failed")
     return 1 if failed else 0
 
@@ -80,68 +84,43 @@ def _batch(args) -> int:
 
 def _counterfactual(args) -> int:
     from pcim_nb.datasets import data_root, load_spec
-    from pcim_nb.images import PcimError
     from pcim_nb.translate import counterfactual_command
-    failed = 0
-    for file in args.files:
-        try:
-            spec = load_spec(file, args.set)
-            done = counterfactual_command(spec, Path(args.out) / spec.name, data_root(args.data_root), progress=not args.quiet, device=args.device)
-        except PcimError as e:
-            failed += 1
-            _say(f"pcim: error: {e}")
-            continue
+    def translate(file):
+        spec = load_spec(file, args.set)
+        done = counterfactual_command(spec, Path(args.out).resolve() / spec.name, data_root(args.data_root), progress=not args.quiet, device=args.device)
         _say(f"pcim: {spec.name}: {done.summary()}")
         print(done.folder, flush=True)
-    return 1 if failed else 0
+    return 1 if _each(args.files, translate) else 0
 
 def _pixelcam(args) -> int:
     from pcim_nb.analysis import make_pixelcam
     from pcim_nb.datasets import data_root, load_spec
-    from pcim_nb.images import PcimError
-    failed = 0
-    for file in args.files:
-        try:
-            spec = load_spec(file, args.set)
-            out = Path(args.out).resolve() / spec.name
-            done = make_pixelcam(spec, out, data_root(args.data_root), progress=not args.quiet)
-        except PcimError as e:
-            failed += 1
-            _say(f"pcim: error: {e}")
-            continue
+    def locate(file):
+        spec = load_spec(file, args.set)
+        out = Path(args.out).resolve() / spec.name
+        done = make_pixelcam(spec, out, data_root(args.data_root), progress=not args.quiet)
         _say(f"pcim: {spec.name}: {done.summary()}")
         print(out, flush=True)
-    return 1 if failed else 0
+    return 1 if _each(args.files, locate) else 0
 
 def _fetch(args) -> int:
     from pcim_nb.fetch import PUBLIC, fetch
-    from pcim_nb.images import PcimError
     if not args.names:
         for s in PUBLIC.values(): print(f"{s.name:<10} {s.title} (for {', '.join(s.serves)})")
         return 0
-    failed = 0
-    for name in args.names:
-        try: print(fetch(name, args.data_root, args.accept_licence, input if sys.stdin.isatty() else None, args.mirror, progress=not args.quiet, tell=_say), flush=True)
-        except PcimError as e:
-            failed += 1
-            _say(f"pcim: error: {e}")
-    return 1 if failed else 0
+    ask = input if sys.stdin.isatty() else None
+    return 1 if _each(args.names, lambda name: print(fetch(name, args.data_root, args.accept_licence, ask, args.mirror, progress=not args.quiet, tell=_say), flush=True)) else 0
 
 def _bench(args) -> int:
     from pcim_nb.bench import check_table, run_bench
-    from pcim_nb.images import PcimError
-    short = 0
-    for name in args.names:
-        try: checks = run_bench(name, args.out, args.small, args.data_root, progress=not args.quiet)
-        except PcimError as e:
-            short += 1
-            _say(f"pcim: error: {e}")
-            continue
+    short = []
+    def bench(name):
+        checks = run_bench(name, args.out, args.small, args.data_root, progress=not args.quiet)
         print(check_table(checks).to_string(index=False), flush=True)
         failed = [c["name"] for c in checks if c["ok"] is False]
-        short += len(failed)
+        short.extend(failed)
         for c in failed: _say(f"pcim: {name}: falls short: {c}")
-    return 1 if short else 0
+    return 1 if _each(args.names, bench) or short else 0
 
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."

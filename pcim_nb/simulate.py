@@ -19,7 +19,7 @@ from .images import ImageSet, PcimError
 
 # %% auto #0
 __all__ = ['CHANNELS', 'PHENOTYPES', 'DEFAULT_PHENOTYPES', 'PSF_SIGMA', 'PHOTONS', 'READ_NOISE', 'BACKGROUND', 'SHORTCUTS',
-           'CORNER', 'TRUTH_THRESHOLD', 'MIN_SIZE', 'Phenotype', 'shortcut_light', 'simulate', 'truth_mask']
+           'CORNER', 'TRUTH_THRESHOLD', 'MIN_SIZE', 'Phenotype', 'shortcut_light', 'simulate', 'truth_mask', 'discs']
 
 # %% ../nbs/01_simulate.ipynb #cell-5
 CHANNELS = ["DNA", "RNA", "ER", "AGP", "Mito"]
@@ -367,3 +367,14 @@ def simulate(phenotypes: Sequence[str] | None = None, n_plates: int = 4, wells_p
 def truth_mask(images: np.ndarray, counterfactuals: np.ndarray, threshold: float = TRUTH_THRESHOLD) -> np.ndarray:
     "Where an image and its counterfactual differ by more than `threshold`: bool, of their shape."
     return np.stack([np.abs(a - b) > threshold for a, b in zip(images, counterfactuals)])
+
+# %% ../nbs/01_simulate.ipynb #cell-43
+def discs(n: int = 80, size: int = 48, seed: int = 0, bright: float = .2) -> ImageSet:
+    "`n` noise images 2×size×size (`spot`, `noise`) of two classes, `none` and `disc` in turn; those of the second hold two discs, `bright` above the noise in the first channel. The mask is the discs."
+    g, (yy, xx) = np.random.default_rng(seed), np.mgrid[:size, :size]
+    y, m = np.arange(n) % 2, np.zeros((n, size, size), bool)
+    for i in np.flatnonzero(y):
+        for _ in range(2): m[i] |= np.hypot(yy - g.uniform(8, size - 8), xx - g.uniform(8, size - 8)) < g.uniform(4, 7)
+    x = g.normal(.3, .08, (n, 2, size, size))
+    x[:, 0] += bright * m
+    return ImageSet(x.clip(0, 1).astype(np.float32), ["spot", "noise"], y, ["none", "disc"], masks=m[:, None])

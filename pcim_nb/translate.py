@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .analysis import get_classifier, plain, provenance, split_images
+from .analysis import choose, get_classifier, plain, provenance, split_images
 from .counterfactual import Pairs, make_pairs, write_pairs
 from .datasets import DatasetSpec, load_spec, open_dataset
 from .images import ImageSet, PcimError
@@ -70,16 +70,14 @@ class Translated:
     def summary(self) -> str: return ' '.join([self.gate.summary(), *self.gate.said, *self.gate.wary, *self.notes])
 
 def _some(iset: ImageSet, idx: np.ndarray, per_class: int | None, seed: int) -> np.ndarray:
-    if per_class is None: return idx
-    rng = np.random.default_rng(seed)
-    return np.sort(np.concatenate([rng.permutation(idx[iset.labels[idx] == k])[:per_class] for k in np.unique(iset.labels[idx])]))
+    return idx if per_class is None else np.sort(choose(iset, idx, np.ones(len(idx), bool), per_class, seed))
 
 def counterfactual_command(spec: DatasetSpec | str | Path, out: str | Path, root: str | Path | None = None, progress: bool = True, device: str = 'auto', **given) -> Translated:
     """Trains a translator on the training part of a dataset file's images and writes it into `out`, with the test images' counterfactuals that pass the quality gate, the gate's tables, and pictures (see the top of this page).
 
     `given` goes before the file's section `counterfactual` (see `Counterfactual`). Stopped and called again with the same arguments it goes on from the last checkpoint. Raises `PcimError` for anything that doesn't fit."""
     spec = spec if isinstance(spec, DatasetSpec) else load_spec(spec)
-    c, out = counterfactual_settings({**(getattr(spec, 'counterfactual', None) or {}), **given}), Path(out)
+    c, out = counterfactual_settings({**(spec.counterfactual or {}), **given}), Path(out)
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise PcimError(f"{out}: cannot be made ({e.strerror}); expected a folder to write to") from None
     iset = open_dataset(spec, root)

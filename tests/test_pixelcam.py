@@ -11,29 +11,19 @@ from torch import nn
 
 from pcim_nb.classifiers import build, predict, split_groups, train
 from pcim_nb.datasets import data_root, load_spec, open_dataset
-from pcim_nb.images import ImageSet, PcimError
+from pcim_nb.images import PcimError
 from pcim_nb.localisation import best_threshold, overlap, pixel_counts, pxap
 from pcim_nb.pixel_plots import disagreement_maps, localisation_curve, localisation_overlays
 from pcim_nb.pixelcam import PixelCAM, draw_pixels, load_pixelcam, localise, pixelcam_results, save_pixelcam, train_pixelcam
 from pcim_nb.seeds import AttentionMIL, feature_levels, seed_maps, stored_maps
+from pcim_nb.simulate import discs
 from pcim_nb.wsol import gland_patches, official_split, read_fold, shifted
-
-
-def discs(n=72, size=48, seed=0, bright=.2):
-    "Noise images of two classes; those of class 1 hold two discs. The mask is the discs."
-    g, (yy, xx) = np.random.default_rng(seed), np.mgrid[:size, :size]
-    y, m = np.arange(n) % 2, np.zeros((n, size, size), bool)
-    for i in np.flatnonzero(y):
-        for _ in range(2): m[i] |= np.hypot(yy - g.uniform(8, size - 8), xx - g.uniform(8, size - 8)) < g.uniform(4, 7)
-    x = g.normal(.3, .08, (n, 2, size, size))
-    x[:, 0] += bright * m
-    return ImageSet(x.clip(0, 1).astype(np.float32), ["spot", "noise"], y, ["none", "disc"], masks=m[:, None])
 
 
 @pytest.fixture(scope="module")
 def toy():
     torch.set_num_threads(1)
-    iset = discs()
+    iset = discs(72)
     split = split_groups(iset.labels, iset.groups, seed=0)
     net, _ = train(build("small_cnn", 2, 2, width=8, depth=3, pooling="mean"), iset, split, epochs=15, batch_size=16, lr=.01, patience=15, progress=False)
     return iset, split, net
