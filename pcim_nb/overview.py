@@ -69,21 +69,21 @@ def small_multiples(reports: dict[str, dict], most: int = 24) -> Figure | None:
 _WORDS = {"done": "done", "failed": "failed", "waiting": "not made yet"}
 
 def _link(row: dict) -> str:
-    name = f"<b>{esc(row['title'])}</b>" if row["title"] != row["name"] else f"<b>{esc(row['name'])}</b>"
-    at = quote(row["name"])
-    if row["state"] == "waiting": return name
-    more = f' <span class="more"><a href="{at}/interpretation.ipynb">notebook</a> · <a href="{at}/tables/">tables</a> · <a href="{at}/log.txt">log</a></span>' if row["state"] == "done" else f' <span class="more"><a href="{at}/log.txt">log</a></span>'
-    return f'<a href="{at}/report.html">{name}</a>{more}'
+    title, at = f"<b>{esc(row['title'])}</b>", quote(row["name"])
+    if row["state"] == "waiting": return title
+    files = {"notebook": "interpretation.ipynb", "tables": "tables/", "log": "log.txt"} if row["state"] == "done" else {"log": "log.txt"}
+    more = [esc(row["name"])] * (row["title"] != row["name"]) + [f'<a href="{at}/{f}">{k}</a>' for k, f in files.items()]    # several data sets may have the same title
+    return f'<a href="{at}/report.html">{title}</a> <span class="more">{" · ".join(more)}</span>'
 
 def overview_table(rows: list[dict]) -> str:
     "The rows as an HTML table that can be sorted by each column and searched."
     number = lambda v, f: ("", "–") if v is None or (isinstance(v, float) and np.isnan(v)) else (repr(float(v)), f.format(v))
     text = lambda v: ("" if v is None else str(v), "–" if v is None else esc(v))
     columns = [("data set", lambda r: (r["title"], _link(r))), ("state", lambda r: (r["state"], f'<span class="state {r["state"]}">{_WORDS[r["state"]]}</span>')), ("images", lambda r: number(r["images"], "{:,}")),
-               ("classes", lambda r: number(r["classes"], "{}")), ("balanced accuracy", lambda r: number(r["accuracy"], "{:.0%}")), ("channel by attribution", lambda r: text(r["top_channel"])), ("DAC score", lambda r: number(r["dac"], "{:.2f}")),
-               ("channel by DAC", lambda r: text(r["dac_channel"])), ("attribution and features agree", lambda r: number(r["agreement"], "{:.0%}")), ("background predicts", lambda r: text({True: "yes", False: "no", None: None}[r["background"]])), ("warnings", lambda r: number(r["warnings"], "{}")),
+               ("classes", lambda r: number(r["classes"], "{}")), ("balanced accuracy", lambda r: number(r["accuracy"], "{:.0%}")), ("top channel", lambda r: text(r["top_channel"])), ("DAC score", lambda r: number(r["dac"], "{:.2f}")),
+               ("channel by DAC", lambda r: text(r["dac_channel"])), ("features agree", lambda r: number(r["agreement"], "{:.0%}")), ("background predicts", lambda r: text({True: "yes", False: "no", None: None}[r["background"]])), ("warnings", lambda r: number(r["warnings"], "{}")),
                ("minutes", lambda r: number(None if r["seconds"] is None else r["seconds"] / 60, "{:.1f}"))]
-    numeric = {"images", "classes", "balanced accuracy", "DAC score", "attribution and features agree", "warnings", "minutes"}
+    numeric = {"images", "classes", "balanced accuracy", "DAC score", "features agree", "warnings", "minutes"}
     head = "".join(f'<th scope="col"{" class=num" if c in numeric else ""}><button type="button">{esc(c)}</button></th>' for c, _ in columns)
     body = ""
     for r in rows:
