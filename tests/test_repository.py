@@ -55,7 +55,7 @@ def test_ruff_is_clean():
     assert run.returncode == 0, run.stdout
 
 
-ORDER = "images simulate segment datasets fetch backbones classifiers wsol attribution pcim blackbox amortised seeds stargan counterfactual masking metrics localisation pixelcam dac hybrids quality_gate fidelity profiles cellprofiler cytominer object_attribution linking enrichment association plots mask_plots link_plots pixel_plots page analysis translate report overview batch explorer bench cli".split()
+ORDER = "images simulate segment datasets fetch backbones classifiers wsol attribution sampling pcim blackbox amortised seeds stargan counterfactual masking metrics localisation pixelcam dac hybrids quality_gate fidelity profiles cellprofiler cytominer object_attribution linking enrichment association plots mask_plots link_plots pixel_plots page analysis translate report overview batch explorer bench cli".split()
 
 
 @pytest.mark.parametrize("module", ORDER)
