@@ -55,12 +55,12 @@ def sign_fields(n: int, shape: tuple[int, int, int], scale: int, generator: torc
           needs_gradient=False, uses_baseline=True)
 class BlackBoxPCIM(_MixtureSolver):
     """`forward_func`: any callable from tensors or arrays to scores (see `Scores`); only scores are used. `budget`: images at most that are sent through it, an image explained; `last_run.passes` says how many were. `seed`: of the random
-    fields; the same seed gives the same map. `granularity`, `steps`, `rate`, `areas`, `scales`, `settle` and `share` as in `PCIM`; `power`: how strongly a pixel's expected effect goes with its difference from the baseline;
+    fields; the same seed gives the same map. `granularity`, `steps`, `rate`, `areas`, `scales`, `settle`, `share` and `taken` as in `PCIM`; `power`: how strongly a pixel's expected effect goes with its difference from the baseline;
     `ridge`: noise assumed in a score, as a share of the effect of a field; `half_life`: steps after which an answer counts half. `batch_size`: images in one call of `forward_func`."""
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', budget: int = 2000, seed: int = 0, steps: int = 24, rate: float = .3, areas: tuple[float, float] = (.5, .01),
-                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
+                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, taken: float = .1, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 100: raise PcimError(f"budget: found {budget}, expected a whole number of at least 100 queries an image")
-        super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, 8)
+        super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, taken, 8)
         self.budget, self.seed, self.power, self.ridge, self.half_life, self.as_numpy, self.query_batch = budget, seed, power, ridge, half_life, as_numpy, batch_size
         self.pairs = (budget - 3) // (2 * steps)
         if self.pairs < 1: raise PcimError(f"budget: found {budget} for {steps} steps, expected at least {2 * steps + 3}")
@@ -83,12 +83,12 @@ class BlackBoxPCIM(_MixtureSolver):
         prior = {'pixel': prior.mean(1, keepdim=True), 'channel_pixel': prior, 'channel': prior.mean((2, 3), keepdim=True)}[self.granularity]
         prior = ((prior / prior.mean().clamp(min=1e-12)).clamp(min=.03)**self.power).flatten()
         seen, fall, gram, step = torch.zeros(0, prior.numel()), torch.zeros(0), torch.zeros(0, 0), 0
-        def gradient(alpha):
+        def gradient(shown, part):
             nonlocal seen, fall, gram, step
             blocks = self._blocks(x.shape[-2:], step); step += 1
             signs = torch.cat([sign_fields(1, shape, blocks, g) for _ in range(self.pairs)]).to(x)
-            reach = project(torch.logit(alpha.clamp(1e-6, 1 - 1e-6)), min(4 * float(alpha.mean()), .97)) / 2          # perturbed is what may still matter: the best four areas' worth
-            up, down = ((alpha + sign * reach * signs).clamp(0, 1) for sign in (1, -1))
+            reach = project(torch.logit(part.clamp(1e-6, 1 - 1e-6)), min(4 * float(part.mean()), .97)) / 2            # perturbed is what may still matter: the best four areas' worth
+            up, down = ((shown + sign * reach * signs).clamp(0, 1) for sign in (1, -1))
             up_scores, down_scores = scores(mix(x, baselines, up)), scores(mix(x, baselines, down))
             new = ((up - down) / 2).flatten(1)
             cross = (new * prior) @ seen.T

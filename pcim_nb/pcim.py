@@ -63,10 +63,11 @@ GRANULARITIES = ('pixel', 'channel_pixel', 'channel')
 class PcimInfo:
     """How a solution came about. N images, T steps of the path.
 
-    `areas` (T): share of the image mixed in at each step; `kept` (N×T): the score change that the mixture keeps, as a share of f(x) − f(b) (above 1: the mixture says it louder than the image);
-    `sparsest` (N): the smallest area at which at least `share` of the score change is kept, NaN if none; `weights`: the mean weights along the path; `passes`: images sent through the
+    `areas` (T): the part's share of the image at each step; `taken` (T bool): whether the part was taken away rather than shown; `kept` (N×T): the score change that the part accounts for (kept when it is shown, lost when it is taken away), as a
+    share of f(x) − f(b) (above 1: the mixture says it louder than the image); `sparsest` (N): the smallest part that keeps at least `share` of the score change when it is shown, NaN if none; `weights`: the mean weights along the path; `passes`: images sent through the
     classifier, an image; `converged` (N bool) and `why` (N, empty where converged)."""
     areas: Tensor
+    taken: Tensor
     kept: Tensor
     sparsest: Tensor
     weights: Tensor
@@ -79,7 +80,7 @@ class PcimInfo:
     def joined(cls, parts: list['PcimInfo']) -> 'PcimInfo':
         "One info of the infos of several batches."
         join = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls) if f.name in ('kept', 'sparsest', 'weights', 'converged')}
-        return cls(areas=parts[0].areas, passes=parts[0].passes, share=parts[0].share, why=sum((p.why for p in parts), []), **join)
+        return cls(areas=parts[0].areas, taken=parts[0].taken, passes=parts[0].passes, share=parts[0].share, why=sum((p.why for p in parts), []), **join)
 
 def area_path(steps: int, settle: int, areas: tuple[float, float], units: int) -> Tensor:
     "Share of the image mixed in at each step: the first `settle` steps at the largest area, then geometrically down to the smallest (at least half a unit)."
@@ -91,7 +92,7 @@ def area_path(steps: int, settle: int, areas: tuple[float, float], units: int) -
 class _MixtureSolver(AttributionMethod):
     "What the solvers share: the path of areas, the vote of its weights, what is told about it. Subclasses write `_gradient(theta's weights, …)`."
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', steps: int = 40, rate: float = .2, areas: tuple[float, float] = (.5, .01), scales: Sequence[int] = SCALES,
-                 settle: int = 4, share: float = .9, batch_size: int = 8):
+                 settle: int = 4, share: float = .9, taken: float = .1, batch_size: int = 8):
         super().__init__(forward_func, batch_size)
         if granularity not in GRANULARITIES: raise PcimError(f"granularity: '{granularity}' is not known; expected one of {', '.join(GRANULARITIES)}")
         if not 0 <= settle < steps - 1: raise PcimError(f"steps: found {steps} with {settle} to settle, expected at least {settle + 2}")
@@ -99,7 +100,9 @@ class _MixtureSolver(AttributionMethod):
         if not 0 < areas[1] < areas[0] < 1: raise PcimError(f"areas: found {tuple(areas)}, expected two shares of the image, the larger first, both between 0 and 1")
         if not scales or any(s < 1 or s != int(s) for s in scales): raise PcimError(f"scales: found {tuple(scales)}, expected whole numbers of pixels from 1")
         if not 0 < share <= 1: raise PcimError(f"share: found {share}, expected a share of the score above 0 and up to 1")
+        if not 0 <= taken <= 1: raise PcimError(f"taken: found {taken}, expected a share of the image from 0 to 1")
         self.granularity, self.steps, self.rate, self.areas, self.scales, self.settle, self.share = granularity, steps, rate, tuple(areas), tuple(scales), settle, share
+        self.taken = taken
         self.last_run: PcimInfo | None = None
 
     def attribute(self, inputs, target=None, baselines=None, return_info: bool = False):
@@ -118,33 +121,34 @@ class _MixtureSolver(AttributionMethod):
         return torch.zeros({'pixel': (n, 1, h, w), 'channel_pixel': (n, c, h, w), 'channel': (n, c, 1, 1)}[self.granularity], device=x.device)
 
     def _solve(self, x: Tensor, baselines: Tensor, ends: tuple[Tensor, Tensor], gradient: Callable) -> Tensor:
-        "`ends`: scores of baseline and image (N); `gradient(weights)`: score of the mixture (N) and its gradient in the shape of the weights."
+        "`ends`: scores of baseline and image (N); `gradient(shown, part)`: score (N) of the mixture with the weights `shown` and its gradient in their shape; `part` is what is asked about, `shown` itself or what it leaves out."
         theta, speed, vote, total, weights, kept = self._start(x), 0, 0, 0, 0, []
         change = (ends[1] - ends[0]).float()
         path = area_path(self.steps, self.settle, self.areas, theta[0].numel())
+        taken = (path > self.taken) & (torch.arange(self.steps) % 2 == 1)
         for k, area in enumerate(path.tolist()):
             alpha = project(theta, area)
-            score, g = gradient(alpha)
-            gain = (score - ends[0]) / change.abs().clamp(min=1e-12)
-            speed = (speed + g) / 2
+            score, g = gradient(1 - alpha if taken[k] else alpha, alpha)
+            speed = (speed + g / g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-38)) / 2
             theta = theta + self.rate * ascent(speed, self.scales)
+            gain = (ends[1] - score if taken[k] else score - ends[0]) / change.abs().clamp(min=1e-12)
             kept.append(gain * change.sign())
             if k >= self.settle:
                 v = gain.clamp(0, 1).view(-1, 1, 1, 1) * (change != 0).view(-1, 1, 1, 1)
                 vote, total, weights = vote + v * (alpha - area) / (area * (1 - area))**.5, total + v, weights + alpha
-        self._infos.append(self._told(path, torch.stack(kept, 1), weights / (self.steps - self.settle), change))
+        self._infos.append(self._told(path, taken, torch.stack(kept, 1), weights / (self.steps - self.settle), change))
         vote = vote / total.clamp(min=1e-12)
         if self.granularity == 'channel': return (vote / (x.shape[2] * x.shape[3])).expand_as(x)
         out = vote * (x - baselines).abs()
         positive = out.clamp(min=0).sum((1, 2, 3), keepdim=True)
         return torch.where(positive > 0, out * change.abs().view(-1, 1, 1, 1) / positive.clamp(min=1e-38), torch.zeros_like(out))
 
-    def _told(self, path: Tensor, kept: Tensor, weights: Tensor, change: Tensor) -> PcimInfo:
-        enough = kept >= self.share
+    def _told(self, path: Tensor, taken: Tensor, kept: Tensor, weights: Tensor, change: Tensor) -> PcimInfo:
+        enough = (kept >= self.share) & ~taken.to(kept.device)
         sparsest = torch.where(enough, path.to(kept), torch.inf).amin(1)
         why = ['the score is the same for image and baseline' if c == 0 else 'the image scores lower than its baseline' if c < 0 else
                '' if e else f'no mixture on the path keeps {self.share:.0%} of the score change' for c, e in zip(change.tolist(), enough.any(1).tolist())]
-        return PcimInfo(path, kept.cpu(), torch.where(sparsest.isinf(), torch.nan, sparsest).cpu(), weights.cpu(), self._passes(), torch.tensor([not w for w in why]), why, self.share)
+        return PcimInfo(path, taken, kept.cpu(), torch.where(sparsest.isinf(), torch.nan, sparsest).cpu(), weights.cpu(), self._passes(), torch.tensor([not w for w in why]), why, self.share)
 
 # %% ../nbs/11_pcim.ipynb #cell-20
 @register("Pixel-wise channel isolation mixing: which pixels the classifier mixes back into the baseline, the dearest last to go.", "Siegismund et al. 2024, arXiv 2412.02275",
@@ -152,15 +156,15 @@ class _MixtureSolver(AttributionMethod):
 class PCIM(_MixtureSolver):
     """`forward_func`: any callable that autograd passes through; nothing inside it is read. `granularity`: 'pixel' (one weight a position), 'channel_pixel' (one a stain and position) or
     'channel' (one a stain). `steps` of the path, the first `settle` at the larger of the two `areas` (shares of the image mixed in), then geometrically to the smaller; `rate`: step size of θ;
-    `scales`: block sizes in pixels at which θ moves; `share`: of the score change, for `PcimInfo.sparsest` and convergence. Nothing is random: the same call gives the same map."""
+    `scales`: block sizes in pixels at which θ moves; `share`: of the score change, for `PcimInfo.sparsest` and convergence; `taken`: size down to which it is also asked what is missed when the part is taken away (1: never). Nothing is random: the same call gives the same map."""
     def _maps(self, x, target, baselines):
         pick = lambda s: torch.as_tensor(s).gather(1, target[:, None].to(s.device))[:, 0].to(x.device)
         with torch.no_grad(): ends = pick(self.forward_func(baselines)), pick(self.forward_func(x))
-        def gradient(alpha):
+        def gradient(shown, part):
             with torch.enable_grad():
-                alpha = alpha.detach().requires_grad_()
-                score = pick(self.forward_func(mix(x, baselines, alpha)))
-                g, = torch.autograd.grad(score.sum(), alpha)
+                shown = shown.detach().requires_grad_()
+                score = pick(self.forward_func(mix(x, baselines, shown)))
+                g, = torch.autograd.grad(score.sum(), shown)
             return score.detach(), g
         with torch.no_grad(): return self._solve(x, baselines, ends, gradient)
     def _passes(self): return 2 * self.steps + 2
