@@ -58,7 +58,7 @@ class BlackBoxPCIM(_MixtureSolver):
     fields; the same seed gives the same map. `granularity`, `steps`, `rate`, `areas`, `scales`, `settle`, `share` and `taken` as in `PCIM`; `power`: how strongly a pixel's expected effect goes with its difference from the baseline;
     `ridge`: noise assumed in a score, as a share of the effect of a field; `half_life`: steps after which an answer counts half. `batch_size`: images in one call of `forward_func`."""
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', budget: int = 2000, seed: int = 0, steps: int = 24, rate: float = .3, areas: tuple[float, float] = (.5, .01),
-                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, taken: float = .1, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
+                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, taken: float = .2, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 100: raise PcimError(f"budget: found {budget}, expected a whole number of at least 100 queries an image")
         super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, taken, 8)
         self.budget, self.seed, self.power, self.ridge, self.half_life, self.as_numpy, self.query_batch = budget, seed, power, ridge, half_life, as_numpy, batch_size

@@ -92,7 +92,7 @@ def area_path(steps: int, settle: int, areas: tuple[float, float], units: int) -
 class _MixtureSolver(AttributionMethod):
     "What the solvers share: the path of areas, the vote of its weights, what is told about it. Subclasses write `_gradient(theta's weights, …)`."
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', steps: int = 40, rate: float = .2, areas: tuple[float, float] = (.5, .01), scales: Sequence[int] = SCALES,
-                 settle: int = 4, share: float = .9, taken: float = .1, batch_size: int = 8):
+                 settle: int = 4, share: float = .9, taken: float = .2, batch_size: int = 8):
         super().__init__(forward_func, batch_size)
         if granularity not in GRANULARITIES: raise PcimError(f"granularity: '{granularity}' is not known; expected one of {', '.join(GRANULARITIES)}")
         if not 0 <= settle < steps - 1: raise PcimError(f"steps: found {steps} with {settle} to settle, expected at least {settle + 2}")
