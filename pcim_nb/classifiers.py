@@ -33,8 +33,8 @@ from .images import ImageSet, PcimError
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'Split', 'split_groups', 'split_by_column', 'check_split', 'SmallCNN', 'gradcam_layer', 'build',
-           'augmented', 'train', 'predict', 'Evaluation', 'evaluate', 'save_classifier', 'load_weights',
-           'load_classifier']
+           'augmented', 'train', 'are_probabilities', 'predict', 'Evaluation', 'evaluate', 'save_classifier',
+           'load_weights', 'load_classifier']
 
 # %% ../nbs/03_classifiers.ipynb #cell-7
 @dataclass
@@ -354,6 +354,10 @@ def _forward(forward_func, get: Callable, idx: np.ndarray, batch_size: int, n_cl
         if was_training: forward_func.train()
     return torch.cat(out)
 
+def are_probabilities(scores) -> bool:
+    "Whether scores n×K (array or tensor) look like probabilities: no row holds a number below 0, and each sums to 1 within 1e-3."
+    return bool((scores >= 0).all() and (abs(scores.sum(1) - 1) < 1e-3).all())
+
 def predict(forward_func: Callable, images: ImageSet | torch.Tensor | np.ndarray, idx: Sequence[int] | None = None, batch_size: int = 16,
             outputs: str = "auto", n_classes: int | None = None, progress: bool = False) -> np.ndarray:
     """Class probabilities n×K (float64, rows sum to 1) of the images (all, or those at `idx`).
@@ -372,7 +376,7 @@ def predict(forward_func: Callable, images: ImageSet | torch.Tensor | np.ndarray
     if not torch.isfinite(scores).all():
         bad = int(idx[int((~torch.isfinite(scores)).any(1).nonzero()[0])])
         raise PcimError(f"classifier: the scores of image {bad} are NaN or infinite; expected finite numbers")
-    if outputs == "auto": outputs = "probabilities" if (scores >= 0).all() and ((scores.sum(1) - 1).abs() < 1e-3).all() else "logits"
+    if outputs == "auto": outputs = "probabilities" if are_probabilities(scores) else "logits"
     if outputs == "logits": return scores.softmax(1).numpy()
     if (scores < 0).any() or (scores.sum(1) <= 0).any(): raise PcimError("classifier: probabilities below 0 or all 0; expected non-negative numbers, or outputs: logits")
     return (scores / scores.sum(1, keepdim=True)).numpy()

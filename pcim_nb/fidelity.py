@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import _check_baselines, _check_inputs, _check_scores, _check_target, undisturbed
+from .classifiers import are_probabilities
 from .images import PcimError
 from .metrics import _attribution
 
@@ -52,7 +53,7 @@ class _Probe:
         self.n, self.device = len(self.x), self.x.device
         self.p = math.prod(self.x.shape[2:]) * (self.x.shape[1] if per == "value" else 1)
         first = self._forward(self.x[:batch_size])
-        if outputs == "auto": self.outputs = "probabilities" if (first >= 0).all() and ((first.sum(1) - 1).abs() < 1e-3).all() else "logits"
+        if outputs == "auto": self.outputs = "probabilities" if are_probabilities(first) else "logits"
         t = _check_target(target, self.n, first.shape[1], self.device)
         weight = t.float() if t.ndim == 2 else torch.nn.functional.one_hot(t, first.shape[1]).float()   # a set of classes: the mean of their scores
         self.weight = weight.double() / weight.double().sum(1, keepdim=True)

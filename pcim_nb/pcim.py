@@ -90,7 +90,7 @@ def area_path(steps: int, settle: int, areas: tuple[float, float], units: int) -
 
 # %% ../nbs/11_pcim.ipynb #cell-18
 class _MixtureSolver(AttributionMethod):
-    "What the solvers share: the path of areas, the vote of its weights, what is told about it. Subclasses write `_gradient(theta's weights, …)`."
+    "What the solvers share: the path of areas, the vote of its weights, what is told about it. Subclasses give `_solve` a function for the score and the gradient of a mixture."
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', steps: int = 40, rate: float = .2, areas: tuple[float, float] = (.5, .01), scales: Sequence[int] = SCALES,
                  settle: int = 4, share: float = .9, taken: float = .2, batch_size: int = 8):
         super().__init__(forward_func, batch_size)
@@ -101,8 +101,7 @@ class _MixtureSolver(AttributionMethod):
         if not scales or any(s < 1 or s != int(s) for s in scales): raise PcimError(f"scales: found {tuple(scales)}, expected whole numbers of pixels from 1")
         if not 0 < share <= 1: raise PcimError(f"share: found {share}, expected a share of the score above 0 and up to 1")
         if not 0 <= taken <= 1: raise PcimError(f"taken: found {taken}, expected a share of the image from 0 to 1")
-        self.granularity, self.steps, self.rate, self.areas, self.scales, self.settle, self.share = granularity, steps, rate, tuple(areas), tuple(scales), settle, share
-        self.taken = taken
+        self.granularity, self.steps, self.rate, self.areas, self.scales, self.settle, self.share, self.taken = granularity, steps, rate, tuple(areas), tuple(scales), settle, share, taken
         self.last_run: PcimInfo | None = None
 
     def attribute(self, inputs, target=None, baselines=None, return_info: bool = False):
@@ -129,6 +128,7 @@ class _MixtureSolver(AttributionMethod):
         for k, area in enumerate(path.tolist()):
             alpha = project(theta, area)
             score, g = gradient(1 - alpha if taken[k] else alpha, alpha)
+            # both questions with the same strength, whichever moves the score more
             speed = (speed + g / g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-38)) / 2
             theta = theta + self.rate * ascent(speed, self.scales)
             gain = (ends[1] - score if taken[k] else score - ends[0]) / change.abs().clamp(min=1e-12)

@@ -6,6 +6,8 @@
 __all__ = ['superpixels', 'LIME', 'KernelSHAP', 'RISE']
 
 # %% ../nbs/11_sampling.ipynb #cell-2
+from abc import abstractmethod
+
 import captum.attr as ca
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from .attribution import AttributionMethod, register
+from .classifiers import are_probabilities
 from .images import PcimError
 
 # %% ../nbs/11_sampling.ipynb #cell-5
@@ -33,7 +36,8 @@ class _Segments(AttributionMethod):
         if n_samples < 10: raise PcimError(f"n_samples: found {n_samples}, expected at least 10")
         if segments < 2: raise PcimError(f"segments: found {segments}, expected at least 2")
         self.n_samples, self.segments, self.seed = n_samples, segments, seed
-    def _solver(self): raise NotImplementedError
+    @abstractmethod
+    def _solver(self): "Captum's method on `self._scores`."
     def _maps(self, x, target, baselines):
         maps = []
         for i in range(len(x)):
@@ -79,11 +83,12 @@ class RISE(AttributionMethod):
         return torch.stack([m[:, dy:dy + h, dx:dx + w] for m, (dy, dx) in zip(large, shifts)])
     def _maps(self, x, target, baselines):
         g, total, seen, left = torch.Generator().manual_seed(self.seed), torch.zeros_like(x[:, :1]), 0, self.n_masks
+        as_given = None                                                # probabilities, or logits: seen from the first answers
         while left:
             m = self._masks(min(self.batch_size, left), x.shape[-2:], g).to(x); left -= len(m)
             seen = seen + m.sum(0)
             for i in range(len(x)):
                 with torch.no_grad(): s = self._scores(baselines[i:i+1] + m * (x[i:i+1] - baselines[i:i+1]))
-                likely = s if (s >= 0).all() and ((s.sum(1) - 1).abs() < 1e-3).all() else s.softmax(1)
-                total[i] += (likely[:, int(target[i])].view(-1, 1, 1, 1).to(x) * m).sum(0)
+                if as_given is None: as_given = are_probabilities(s)
+                total[i] += ((s if as_given else s.softmax(1))[:, int(target[i])].view(-1, 1, 1, 1).to(x) * m).sum(0)
         return (total / seen.clamp(min=1e-12)).expand_as(x)
