@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
-from .attribution import _check_scores, gaussian_blur, register
+from .attribution import _check_scores, register
 from .images import PcimError
-from .pcim import SCALES, _MixtureSolver, mix, project
+from .pcim import BLURS, SCALES, _MixtureSolver, mix, project
 
 # %% ../nbs/11_blackbox.ipynb #cell-7
 class Scores:
@@ -55,14 +55,15 @@ def sign_fields(n: int, shape: tuple[int, int, int], scale: int, generator: torc
           needs_gradient=False, uses_baseline=True)
 class BlackBoxPCIM(_MixtureSolver):
     """`forward_func`: any callable from tensors or arrays to scores (see `Scores`); only scores are used. `budget`: images at most that are sent through it, an image explained; `last_run.passes` says how many were. `seed`: of the random
-    fields; the same seed gives the same map. `granularity`, `steps`, `rate`, `areas`, `scales`, `settle`, `share` and `taken` as in `PCIM`; `power`: how strongly a pixel's expected effect goes with its difference from the baseline;
+    fields; the same seed gives the same map. `granularity`, `steps`, `rate`, `areas`, `scales`, `settle`, `share`, `taken` and `blurs` as in `PCIM` (a blur is chosen where that takes at most a tenth of the budget); `power`: how strongly a pixel's expected effect goes with its difference from the baseline;
     `ridge`: noise assumed in a score, as a share of the effect of a field; `half_life`: steps after which an answer counts half. `batch_size`: images in one call of `forward_func`."""
     def __init__(self, forward_func: Callable, granularity: str = 'pixel', budget: int = 2000, seed: int = 0, steps: int = 24, rate: float = .3, areas: tuple[float, float] = (.5, .01),
-                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, taken: float = .2, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
+                 scales: Sequence[int] = SCALES, settle: int = 4, share: float = .9, taken: float = .2, blurs: Sequence[float] = BLURS, power: float = 2., ridge: float = .3, half_life: float = 6., as_numpy: bool | None = None, batch_size: int = 64):
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 100: raise PcimError(f"budget: found {budget}, expected a whole number of at least 100 queries an image")
-        super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, taken, 8)
+        super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, taken, blurs, 8)
+        if self._choice() > budget / 10: self.blurs = self.blurs[:1]
         self.budget, self.seed, self.power, self.ridge, self.half_life, self.as_numpy, self.query_batch = budget, seed, power, ridge, half_life, as_numpy, batch_size
-        self.pairs = (budget - 3) // (2 * steps)
+        self.pairs = (budget - 3 - self._choice()) // (2 * steps)
         if self.pairs < 1: raise PcimError(f"budget: found {budget} for {steps} steps, expected at least {2 * steps + 3}")
 
     def _probe(self, x):
@@ -98,8 +99,9 @@ class BlackBoxPCIM(_MixtureSolver):
             noise = self.ridge * gram.diagonal().mean().clamp(min=1e-20) * 2.**(age / self.half_life)
             slope = prior * (torch.linalg.solve(gram + torch.diag(noise), fall) @ seen)
             return torch.cat([up_scores, down_scores]).mean()[None], slope.view(1, *shape)
-        with torch.no_grad(): out = self._solve(x, baselines, ends, gradient)
-        return out if self.granularity == 'channel' else gaussian_blur(out, max(self._blocks(x.shape[-2:], self.steps) / 4, .3))      # the answers resolve blocks, not pixels: nor should the map
+        score_of = lambda weights: scores(torch.cat([mix(x, baselines, w) for w in weights]))[:, None]
+        finest = max(self._blocks(x.shape[-2:], self.steps) / 4, .3)                     # the answers resolve blocks, not pixels: nor should the map
+        with torch.no_grad(): return self._solve(x, baselines, ends, gradient, score_of, finest)
 
     def _blocks(self, size: tuple[int, int], step: int) -> int:
         "Side of the blocks at a step, in pixels: from a quarter of the image down to a thirty-second over the first two thirds of the path."
@@ -107,4 +109,4 @@ class BlackBoxPCIM(_MixtureSolver):
         side = min(size)
         return max(1, round(side / 4 * (1 / 8)**min(1, 1.5 * step / max(self.steps - 1, 1))))
 
-    def _passes(self): return 2 * self.pairs * self.steps + 3
+    def _passes(self): return 2 * self.pairs * self.steps + 3 + self._choice()

@@ -6,14 +6,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 from torch import nn
 
-from pcim_nb.amortised import AmortisedPCIM, MixingNetwork, load_mixing, rank_votes, save_mixing, train_mixing
+from pcim_nb.amortised import AmortisedPCIM, MixingNetwork, distil, load_mixing, rank_votes, save_mixing, train_mixing
 from pcim_nb.attribution import METHODS, all_methods, contrast, make
 from pcim_nb.blackbox import BlackBoxPCIM
 from pcim_nb.images import PcimError
-from pcim_nb.pcim import PCIM, area_path, mix, project
+from pcim_nb.fidelity import insertion_auc
+from pcim_nb.pcim import PCIM, area_path, mix, pooled, project
 
 torch.set_num_threads(1)
 
@@ -94,6 +96,35 @@ def test_the_unit_of_the_scores_does_not_matter(scale):
     assert torch.allclose(a / scale, ref, rtol=1e-2, atol=1e-4 * ref.abs().max())
 
 
+def test_pooled_votes_are_those_of_scipy():
+    votes, amount = images(2, 24, 3) - 0.5, images(2, 24, 3, 1)
+    blur = lambda v: gaussian_filter(v.double().numpy(), 2, axes=(-2, -1), mode="mirror")
+    assert np.allclose(pooled(votes, amount, 2), blur(votes * amount) / blur(amount) * amount.numpy(), atol=1e-4)
+    place, total = votes[:, :1], amount.sum(1, keepdim=True)
+    assert np.allclose(pooled(place, amount, 2), blur(place * total) / blur(total) * amount.numpy(), atol=1e-4)
+    assert torch.equal(pooled(votes, amount, 0), votes * amount)
+
+
+def test_a_classifier_that_minds_patchwork_gets_a_broader_map():
+    x, b = images(4, 48) + 0.5, torch.zeros(4, 2, 48, 48)
+    w = torch.randn(1, 2, 48, 48, generator=torch.Generator().manual_seed(3))
+    single = PCIM(lambda z: (z * w).sum((1, 2, 3))[:, None], "channel_pixel", scales=(1,))
+    single.attribute(x, 0, b)
+    assert not single.last_run.blur[single.last_run.converged].any()                    # each pixel has a worth of its own
+
+    def whole(z):      # brightness of a quarter; what changes from pixel to pixel counts against it
+        return torch.stack([8 * z[:, :, :24, :24].mean((1, 2, 3)) - 12 * (z[..., 1:] - z[..., :-1]).abs().mean((1, 2, 3)), torch.zeros(len(z))], 1)
+    spread = torch.rand(1, 1, 48, 48, generator=torch.Generator().manual_seed(0)).expand(4, 1, 48, 48)
+    place = torch.zeros(4, 1, 48, 48); place[:, :, :24, :24] = 1
+    votes, amount, ones = place + 2 * spread, torch.ones(4, 1, 48, 48), torch.ones(4, 1, 48, 48)
+    method = PCIM(whole)
+    scores = lambda weights: torch.stack([whole(w * ones)[:, 0] for w in weights])
+    ends = (whole(0 * ones)[:, 0], whole(ones)[:, 0])
+    chosen, blur = method._as_fine_as_it_serves(votes, amount, ends, scores, 0.0)
+    assert (blur > 0).all()
+    assert (insertion_auc(whole, ones, chosen, 0, 0.0) > insertion_auc(whole, ones, votes, 0, 0.0) + 0.05).all()
+
+
 def test_contrast_and_odd_shapes():
     x = images(2, 32)[:, :, :19, :]
     for g in ("pixel", "channel_pixel", "channel"):
@@ -147,6 +178,11 @@ def test_registry_names_the_solvers():
     ("expected a MixingNetwork", lambda: AmortisedPCIM(Spot())),
     ("found 2 channels, expected 3", lambda: AmortisedPCIM(MixingNetwork(3, 2)).attribute(images(), 0)),
     ("found class 2, expected 0 to 1", lambda: AmortisedPCIM(MixingNetwork(2, 2)).attribute(images(), 2)),
+    ("blurs: found (0.5,)", lambda: PCIM(Spot(), blurs=(0.5,))),
+    ("gives: 'maps' is not known", lambda: MixingNetwork(2, 2, gives="maps")),
+    ("solver: has granularity 'pixel', expected 'channel'", lambda: distil(MixingNetwork(2, 3, "channel"), PCIM(Spot()), images(), [0, 1, 2], progress=False)),
+    ("found no votes for any of 3 images", lambda: distil(MixingNetwork(2, 3), PCIM(Spot(), steps=8), images(), [0, 1, 2], lambda v: v, progress=False)),
+    ("iterations 0", lambda: distil(MixingNetwork(2, 3), PCIM(Spot()), images(), [0, 1, 2], iterations=0, progress=False)),
     ("labels: found 3 labels from 0 to 2", lambda: train_mixing(MixingNetwork(2, 2), Spot(), images(), [0, 1, 2], progress=False)),
     ("weights: no file", lambda: load_mixing("nowhere.safetensors")),
 ])
@@ -181,6 +217,41 @@ def test_mixing_network_learns_saves_and_is_the_same_again(tmp_path):
     assert torch.equal(again.attribute(new, 0, 0.0).clamp(min=0), a)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(PcimError, match="bad.safetensors"): load_mixing(tmp_path / "bad.safetensors")
+
+
+class Bright(nn.Module):
+    "Scores: what is brighter than 0.6 in each of two channels."
+    def __init__(self): super().__init__(); self.gain = nn.Parameter(torch.tensor(40.0))
+    def forward(self, x): return self.gain * (x - 0.6).clamp(min=0).mean((2, 3))
+
+
+def spots(n, seed=0):
+    "Smooth images `n×2×32×32`, of 0 to 1."
+    v = gaussian_filter(np.random.default_rng(seed).normal(size=(n, 2, 32, 32)), 2, axes=(2, 3))
+    low, high = v.min((2, 3), keepdims=True), v.max((2, 3), keepdims=True)
+    return torch.from_numpy(((v - low) / (high - low)).astype(np.float32))
+
+
+@pytest.mark.parametrize("granularity", ["pixel", "channel_pixel", "channel"])
+@pytest.mark.parametrize("solver", [PCIM, lambda f, g: BlackBoxPCIM(f, g, budget=400)])
+def test_a_network_that_learnt_the_votes_gives_them_for_new_images(solver, granularity, tmp_path):
+    x, y, new = spots(12), np.arange(12) % 2, spots(4, seed=9)
+    nets = []
+    for folder in (tmp_path, tmp_path, None):            # the second run finds what the first one kept
+        net = MixingNetwork(2, 2, granularity, width=8, depth=2)
+        history = distil(net, solver(Bright(), granularity), x, y, "zeros", iterations=80, folder=folder, seed=1, progress=False)
+        nets.append(net)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*(n.state_dict().values() for n in nets)))
+    assert len(list(tmp_path.iterdir())) == 12 and history.agreement[-10:].mean() > 0.5
+    for k in (0, 1):
+        a = AmortisedPCIM(nets[0]).attribute(new, k, 0.0).clamp(min=0)
+        if granularity == "pixel": a = a.sum(1, keepdim=True).expand_as(a)
+        else: assert (a[:, k].sum((1, 2)) > a[:, 1 - k].sum((1, 2)) + 1e-6).all()
+        bright = new[:, k] > 0.6
+        inside = [(v * bright).sum((1, 2)) / v.sum((1, 2)) for v in (a[:, k], new[:, k])]
+        if granularity != "channel": assert (inside[0] > inside[1]).all()                # more than brightness itself says
+    save_mixing(nets[0], tmp_path / "votes")
+    assert load_mixing(tmp_path / "votes").gives == "votes" and torch.equal(*(AmortisedPCIM(n).attribute(new, 1, 0.0) for n in (load_mixing(tmp_path / "votes"), nets[0])))
 
 
 def test_mixing_network_by_channel_finds_the_stain_that_counts():
