@@ -162,16 +162,16 @@ class _MixtureSolver(AttributionMethod):
 
     def _as_fine_as_it_serves(self, votes: Tensor, amount: Tensor, ends: tuple[Tensor, Tensor], score_of: Callable, finest: float) -> tuple[Tensor, Tensor]:
         "Of the maps that pool the votes over more and more pixels, for each image the one whose order the score follows best, the finest of equals; and its sigma in pixels (N)."
-        low, high = torch.minimum(*ends), torch.maximum(*ends)
-        between = lambda score: (score.clamp(low, high) - low) / (high - low).clamp(min=1e-12)
-        best, sigma, most = None, torch.zeros(len(votes)), torch.full_like(low, -torch.inf)
+        change = (ends[1] - ends[0]).float().abs().clamp(min=1e-12)
+        part_of = lambda gain: (gain / change).clamp(0, 1)                # counted as in the votes
+        best, sigma, most = None, torch.zeros(len(votes)), torch.full_like(change, -1.)
         for s in ((finest**2 + (b * min(amount.shape[-2:]))**2)**.5 for b in self.blurs):
             found = pooled(votes, amount, s)
             if len(self.blurs) == 1: return found, torch.full_like(sigma, s)
             order = found if self.granularity == 'channel_pixel' else found.sum(1, keepdim=True)
             falling = order.flatten(1).sort(1, descending=True).values
             cuts = [falling[:, int(a * falling.shape[1])].view(-1, 1, 1, 1) for a in TRIED]
-            worth = sum(between(shown) for shown in score_of((order > c).float() for c in cuts)) - sum(between(left) for left in score_of((order <= c).float() for c in cuts))
+            worth = sum(part_of(shown - ends[0]) for shown in score_of((order > c).float() for c in cuts)) + sum(part_of(ends[1] - left) for left in score_of((order <= c).float() for c in cuts))
             better = worth > most + 1e-4
             best = found if best is None else torch.where(better.view(-1, 1, 1, 1), found, best)
             most, sigma = torch.where(better, worth, most), torch.where(better.cpu(), s, sigma)
