@@ -140,8 +140,11 @@ def _solved(solver: _MixtureSolver, x: Tensor, baselines: Tensor, target: int, f
     settings = {k: v for k, v in vars(solver).items() if k[0] != '_' and isinstance(v, (int, float, str, tuple))}
     name = hashlib.sha256(repr((type(solver).__name__, sorted(settings.items()), target, tuple(x.shape))).encode() + x.cpu().numpy().tobytes() + baselines.cpu().numpy().tobytes()).hexdigest()[:24]
     file = folder / f"{name}.safetensors" if folder else None
-    if file and file.exists(): kept = safetensors.torch.load_file(file)
-    else:
+    kept = None
+    if file and file.exists():
+        try: kept = safetensors.torch.load_file(file)
+        except SafetensorError: pass                                     # damaged: solved again
+    if kept is None:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')                              # here only the votes count
             solver.attribute(x, target, baselines)
@@ -160,6 +163,7 @@ def distil(network: MixingNetwork, solver: _MixtureSolver, images: Callable[[np.
     Each image is explained once, towards its label; an image without any votes (nothing in it raises the score) is left out. `folder`: where votes are kept, so that a run that was stopped goes on (one folder a classifier). Baselines and votes stay in memory. `baseline`: a name for
     `make_baseline`, or a function of a batch. Training pieces are flipped and turned at random and cut to `crop`. Raises `PcimError` when no image has votes, or the loss is no longer a number."""
     images, labels = _source(images, labels, network, iterations, batch_size)
+    if not isinstance(solver, _MixtureSolver): raise PcimError(f"solver: found {type(solver).__name__}, expected a PCIM or BlackBoxPCIM of the classifier")
     if solver.granularity != network.granularity: raise PcimError(f"solver: has granularity '{solver.granularity}', expected '{network.granularity}' like the network")
     if folder: folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     make_b = baseline if callable(baseline) else lambda x: make_baseline(baseline, x)

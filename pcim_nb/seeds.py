@@ -184,7 +184,7 @@ def _ts_cam(model, x, target, level): return _token_attention(model, x, target, 
 def _pcim(model, x, target, level, steps: int = 12, sigma: float = 4., baseline: str = 'blur'):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                       # images without a sound solution have a flat map, which seeds nothing
-        m = PCIM(model, steps=steps, settle=2, scales=(4, 8, 16, 32), batch_size=len(x)).attribute(x, target, make_baseline(baseline, x))
+        m = PCIM(model, steps=steps, settle=2, scales=(4, 8, 16, 32), blurs=(0,), batch_size=len(x)).attribute(x, target, make_baseline(baseline, x))
     m = gaussian_blur(m.mean(1, keepdim=True).relu(), sigma)[:, 0]
     return m.minimum(m.flatten(1).quantile(.99, dim=1).view(-1, 1, 1))
 

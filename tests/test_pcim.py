@@ -180,6 +180,7 @@ def test_registry_names_the_solvers():
     ("found class 2, expected 0 to 1", lambda: AmortisedPCIM(MixingNetwork(2, 2)).attribute(images(), 2)),
     ("blurs: found (0.5,)", lambda: PCIM(Spot(), blurs=(0.5,))),
     ("gives: 'maps' is not known", lambda: MixingNetwork(2, 2, gives="maps")),
+    ("solver: found Spot, expected a PCIM", lambda: distil(MixingNetwork(2, 3), Spot(), images(), [0, 1, 2], progress=False)),
     ("solver: has granularity 'pixel', expected 'channel'", lambda: distil(MixingNetwork(2, 3, "channel"), PCIM(Spot()), images(), [0, 1, 2], progress=False)),
     ("found no votes for any of 3 images", lambda: distil(MixingNetwork(2, 3), PCIM(Spot(), steps=8), images(), [0, 1, 2], lambda v: v, progress=False)),
     ("iterations 0", lambda: distil(MixingNetwork(2, 3), PCIM(Spot()), images(), [0, 1, 2], iterations=0, progress=False)),
