@@ -87,7 +87,7 @@ def benchmarks() -> dict[str, Path]:
 
 def run_bench(name: str | Path, out: str | Path, small: bool = False, root: str | Path | None = None, progress: bool = True) -> list[dict]:
     """Run the benchmark `name` (or a notebook's path) and return its checks. `out/NAME/` receives `checks.json`, the tables (CSV), the executed notebook, a page of it, and `machine.json`.
-    `small`: the short form, within ten minutes on two cores. Raises `PcimError` for an unknown name or a step that fails."""
+    `small`: the short form, for two cores. Raises `PcimError` for an unknown name or a step that fails."""
     known = benchmarks()
     source = Path(name) if str(name).endswith(".ipynb") else known.get(str(name))
     if source is None or not source.is_file(): raise PcimError(f"{name}: no such benchmark; found {', '.join(known) or 'none'}")
