@@ -96,7 +96,7 @@ class MixingNetwork(nn.Module):
 # %% ../nbs/11_amortised.ipynb #cell-10
 class AmortisedPCIM:
     """PCIM in one pass: `attribute(inputs, target, baselines)` as for every method, from a trained `MixingNetwork` alone; the classifier isn't asked. `areas`: the path that the votes stand for, where the network gives weights."""
-    def __init__(self, network: MixingNetwork, areas: tuple[float, float] = (.5, .01), levels: int = 36, batch_size: int = 32):
+    def __init__(self, network: MixingNetwork, areas: tuple[float, float] = (.5, .01), levels: int = 36, batch_size: int = 4):
         if not isinstance(network, MixingNetwork): raise PcimError(f"network: found {type(network).__name__}, expected a MixingNetwork")
         self.network, self.batch_size = network, batch_size
         self.path = area_path(levels, 0, areas, network.n_channels if network.granularity == 'channel' else 10**9)
