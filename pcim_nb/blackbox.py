@@ -63,8 +63,13 @@ class BlackBoxPCIM(_MixtureSolver):
         super().__init__(forward_func, granularity, steps, rate, areas, scales, settle, share, taken, blurs, 8)
         if self._choice() > budget / 10: self.blurs = self.blurs[:1]
         self.budget, self.seed, self.power, self.ridge, self.half_life, self.as_numpy, self.query_batch = budget, seed, power, ridge, half_life, as_numpy, batch_size
-        self.pairs = (budget - 3 - self._choice()) // (2 * steps)
-        if self.pairs < 1: raise PcimError(f"budget: found {budget} for {steps} steps, expected at least {2 * steps + 3}")
+        self._set_pairs(1)
+
+    def _set_pairs(self, n_channels: int) -> None:
+        "Pairs of mixtures a step, as many as the budget allows."
+        aside = 3 + self._asides(n_channels)
+        self.pairs = (self.budget - aside) // (2 * self.steps)
+        if self.pairs < 1: raise PcimError(f"budget: found {self.budget} for {self.steps} steps, expected at least {2 * self.steps + aside}")
 
     def _probe(self, x):
         ask = Scores(self.forward_func, self.as_numpy)
@@ -74,6 +79,7 @@ class BlackBoxPCIM(_MixtureSolver):
 
     def _maps(self, x, target, baselines):
         self._ask = Scores(self.forward_func, self._takes_numpy)
+        self._set_pairs(x.shape[1])
         return torch.cat([self._one(x[i:i+1], target[i:i+1], baselines[i:i+1]) for i in range(len(x))])
 
     def _one(self, x, target, baselines):
@@ -109,4 +115,4 @@ class BlackBoxPCIM(_MixtureSolver):
         side = min(size)
         return max(1, round(side / 4 * (1 / 8)**min(1, 1.5 * step / max(self.steps - 1, 1))))
 
-    def _passes(self): return 2 * self.pairs * self.steps + 3 + self._choice()
+    def _passes(self, n_channels): return 2 * self.pairs * self.steps + 3 + self._asides(n_channels)

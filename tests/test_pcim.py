@@ -70,6 +70,28 @@ def test_map_points_to_channel_and_half_of_the_target(solver):
         assert (half.sum((1, 2)) / a.sum((1, 2, 3)) > 0.9).all()
 
 
+@pytest.mark.parametrize("solver", [lambda f: PCIM(f, "channel_pixel"), lambda f: BlackBoxPCIM(f, "channel_pixel", budget=800)])
+def test_whole_stains_are_asked_put_in_and_taken_out(solver):
+    def scores(z):       # one stain suffices; both are needed; the halves of the second cancel, so the first alone moves the score
+        a, b = z[:, 0].mean((1, 2)), z[:, 1].mean((1, 2))
+        left, right = z[:, 1, :, :16].mean((1, 2)), z[:, 1, :, 16:].mean((1, 2))
+        return torch.stack([torch.maximum(a, b), torch.minimum(a, b), a + left - right], 1)
+    x = torch.ones(2, 3, 32, 32)
+    for target, due in ((0, [0.5, 0.5, 0]), (1, [0.5, 0.5, 0]), (2, [1, 0, 0])):
+        method = solver(scores)
+        a = method.attribute(x, target, 0.0)
+        assert torch.allclose(method.last_run.stains, torch.tensor([due] * 2).float(), atol=1e-4)
+        assert (a[:, :2].clamp(min=0).sum((1, 2, 3)) > 0.95 * a.clamp(min=0).sum((1, 2, 3))).all()
+    assert (a[:, 1, :, :16].mean((1, 2)) > 0).all() and (a[:, 1, :, 16:].mean((1, 2)) < 0).all()            # faint, but what cancels is not lost
+
+
+def test_whole_stains_are_asked_only_where_there_is_a_choice():
+    for granularity, channels in (("pixel", 2), ("channel", 2), ("channel_pixel", 1)):
+        method = PCIM(lambda z: z.mean((2, 3)), granularity)
+        method.attribute(images(2, 16, channels), 0, 0.0)
+        assert method.last_run.stains.shape == (2, channels) and method.last_run.stains.isnan().all()
+
+
 def test_multi_label_target_is_the_mean_of_its_classes():
     x = images() + 0.5
     pair = PCIM(Spot(), "channel_pixel").attribute(x, (0, 1))
@@ -148,13 +170,14 @@ def test_a_model_in_training_mode_comes_back_so():
     assert net.training and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items()) and all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("granularity", ["pixel", "channel_pixel"])
 @pytest.mark.parametrize("budget", [100, 333, 1000])
-def test_budget_is_never_exceeded(budget):
+def test_budget_is_never_exceeded(budget, granularity):
     asked = []
     def f(a):
         asked.append(len(a))
         return np.asarray(a).mean((2, 3)).astype(np.float32)
-    method = BlackBoxPCIM(f, budget=budget, as_numpy=True)
+    method = BlackBoxPCIM(f, granularity, budget=budget, as_numpy=True)
     method.attribute(images(1), 0, 0.0)
     assert sum(asked) == method.last_run.passes <= budget and sum(asked) > 0.5 * budget
 
