@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -223,6 +225,19 @@ def _last_line(folder: Path) -> str:
     except OSError: return ""
     return next((line for line in reversed(lines) if line.startswith("[")), "")
 
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    "Within: a function that says whether Ctrl-C was pressed. (The exception that Python raises wherever it happens to be is lost in a destructor or a callback.) A second Ctrl-C does what it always does."
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    def note(number, frame):
+        if pressed: before(number, frame)
+        pressed.append(number)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if ours: signal.signal(signal.SIGINT, note)
+    try: yield lambda: bool(pressed)
+    finally:
+        if ours: signal.signal(signal.SIGINT, before)
+
 def run_batch(paths: Sequence[str | Path], out: str | Path, workers: int = 2, scheduler: str | None = None, cluster: str | None = None, threads: int | None = None, memory: float | None = None,
               root: str | Path | None = None, changes: Sequence[str] = (), code: bool = False, timeout: int | None = 7200, progress: bool = True, notebook: str | Path | None = None) -> pd.DataFrame:
     """Make the reports that `paths` ask for (see `collect`), `workers` at a time, and `out/index.html` over them. Returns a row a report: `name, state, made, seconds, error`.
@@ -239,12 +254,14 @@ def run_batch(paths: Sequence[str | Path], out: str | Path, workers: int = 2, sc
     state = {j.name: {"name": j.name, "state": "waiting", "seconds": None, "error": None} for j in jobs}
     show = lambda: write_overview(out, list(state.values()), f"{len(jobs)} interpretation reports")
     with ExitStack() as stack:
+        stopped = stack.enter_context(_ctrl_c())
         client = _client(stack, workers, scheduler, cluster, settings)
         bar = stack.enter_context(tqdm(total=len(jobs), unit="report", desc="batch", disable=not progress, file=sys.stderr))
         names = {client.submit(run_job, asdict(j), asdict(settings), pure=False, retries=1): j.name for j in jobs}
         left = set(names)
         try:
             while left:
+                if stopped(): raise KeyboardInterrupt
                 try: done = wait(left, timeout=1, return_when="FIRST_COMPLETED").done
                 except TimeoutError: done = set()
                 for f in done:

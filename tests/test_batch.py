@@ -93,3 +93,24 @@ def test_a_scheduler_given_by_its_address(screen):
         for p in started: p.wait(timeout=30)
     assert table.state.tolist() == ["done"] * 3 and runs(folder) == ["a", "b", "c"]
     assert [json.loads((Path(folder) / "out" / n / "numbers.json").read_text())["images"] for n in "abc"] == [0, 1, 2]
+
+
+CTRL_C = """
+import signal
+from pcim_nb.batch import _ctrl_c
+class Last:
+    def __del__(self): signal.raise_signal(signal.SIGINT)      # python drops what is raised in here
+with _ctrl_c() as pressed:
+    a = Last()
+    before = pressed()
+    del a
+    print(before, pressed())
+    try: signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt: print('stopped')
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_ctrl_c_is_not_lost_in_a_destructor():
+    said = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "True", "stopped", "True"] and not said.stderr
