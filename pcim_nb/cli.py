@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     t.set_defaults(run=_counterfactual)
     b = sub.add_parser("bench", help="measure what this project promises; exit status 1 when a figure falls short")
     b.add_argument("names", nargs="+", metavar="NAME", help="a benchmark (a notebook of nbs/benchmarks), or the path of a notebook")
-    b.add_argument("--small", action="store_true", help="the short form: within ten minutes on two cores")
+    b.add_argument("--small", action="store_true", help="the short form, for two cores without a GPU")
     b.add_argument("-o", "--out", default="pcim-bench", metavar="DIR", help="where to write, in a folder of the benchmark's name (default: %(default)s)")
     b.add_argument("--data-root", **root)
     b.add_argument("-q", "--quiet", action="store_true", help="no progress")
