@@ -262,10 +262,10 @@ def test_in_jupyterlab(tmp_path, make, monkeypatch):
         with browser.Browser() as b:
             b.call("Emulation.setDeviceMetricsOverride", width=1400, height=1200, deviceScaleFactor=1, mobile=False)
             b.call("Page.navigate", url=f"http://127.0.0.1:{lab.port}/lab/tree/n.ipynb?reset&token={lab.token}")
-            b.wait("window.jupyterapp.shell.currentWidget.context.isReady && window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'", 90)
+            b.wait("window.jupyterapp.shell.currentWidget.context.isReady && window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'", 240)
             b.run("window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => 0)")
             said = "document.querySelector('.jupyter-widgets').innerText"
-            b.wait(f"{said}.includes('pixels put back') && [...document.querySelectorAll('.jupyter-widgets img')].filter(i => i.naturalWidth == 40).length >= 5 && document.querySelectorAll('.js-plotly-plot .scatterlayer').length > 0", 120)
+            b.wait(f"{said}.includes('pixels put back') && [...document.querySelectorAll('.jupyter-widgets img')].filter(i => i.naturalWidth == 40).length >= 5 && document.querySelectorAll('.js-plotly-plot .scatterlayer').length > 0", 300)
             order = ["counterfactual", "hybrid", "image", "mask", "attribution"]
             off = lambda k: int(np.abs(picture(b, order.index(k)).astype(int) - shown(truth.pictures[k])).max())
             assert {k: off(k) for k in order} == dict.fromkeys(order, 0)
